@@ -1,0 +1,104 @@
+# Tokenwire. `make help` lists the targets; every one installs what it needs first.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+PYTHON ?= python3
+BIN := .venv/bin
+CONTRACT := build/contract
+CBIN := $(CONTRACT)/venv/bin
+INCLUDE := $(CONTRACT)/include
+STUBS := clients/python/src
+PIP_INSTALL := pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r
+PROTOS = $(sort $(wildcard protos/tokenwire/v1/*.proto))
+ARGS ?=
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+# --- environments -------------------------------------------------------------------
+
+.PHONY: setup
+setup: $(BIN)/.complete ## Install everything into .venv; leaves .venv/bin/tokenwire
+
+$(BIN)/.complete: tests/requirements.txt service/pyproject.toml clients/python/pyproject.toml
+	@echo "Installing Python packages into .venv (once; a minute or so)..."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/$(PIP_INSTALL) tests/requirements.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e clients/python -e service
+	@touch $@
+
+# The contract's tools live apart: see protos/requirements.in.
+$(CONTRACT)/.complete: protos/requirements.txt
+	@echo "Installing the contract's tools into $(CONTRACT)..."
+	@test -x $(CBIN)/python || $(PYTHON) -m venv $(CONTRACT)/venv
+	@$(CBIN)/$(PIP_INSTALL) protos/requirements.txt
+	@mkdir -p $(INCLUDE)/google/api $(INCLUDE)/google/rpc
+	@site=$$($(CBIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	cp "$$site"/google/api/field_behavior.proto $(INCLUDE)/google/api/; \
+	cp "$$site"/google/rpc/{status,error_details}.proto $(INCLUDE)/google/rpc/
+	@touch $@
+
+.PHONY: lock
+lock: $(BIN)/.complete ## Resolve the newest versions into the hash-pinned requirements.txt files
+	@export UV_CUSTOM_COMPILE_COMMAND="make lock"; \
+	compile="$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header"; \
+	$$compile protos/requirements.in -o protos/requirements.txt; \
+	$$compile service/requirements.in -o service/requirements.txt; \
+	$$compile tests/requirements.in -c service/requirements.txt -o tests/requirements.txt
+
+# --- contract -----------------------------------------------------------------------
+
+.PHONY: generate
+generate: $(CONTRACT)/.complete ## Generate the Python stubs from protos/
+	@rm -f $(STUBS)/tokenwire/v1/*_pb2*
+	@PATH="$(CURDIR)/$(CBIN):$$PATH" $(CBIN)/python -m grpc_tools.protoc -Iprotos -I$(INCLUDE) \
+		--python_out=$(STUBS) --grpc_python_out=$(STUBS) \
+		--mypy_out=$(STUBS) --mypy_grpc_out=$(STUBS) $(PROTOS)
+	@for proto in $(PROTOS); do stub=$${proto#protos/}; stub=$(STUBS)/$${stub%.proto}_pb2_grpc; \
+		grep -q '^service ' $$proto || rm -f $$stub.py $$stub.pyi; done
+
+.PHONY: check-contract
+check-contract: $(CONTRACT)/.complete
+	$(CBIN)/buf lint protos
+	$(CBIN)/buf format --diff --exit-code protos
+	@tag=$$(git describe --tags --abbrev=0 --match 'v*' 2>/dev/null || true); \
+	if [ -z "$$tag" ]; then echo "buf breaking: no v* tag yet, nothing to compare with"; else \
+	rm -rf build/released; mkdir -p build/released; \
+	git archive "$$tag" protos buf.yaml | tar -x -C build/released; \
+	mkdir -p build/released/$(CONTRACT); cp -r $(INCLUDE) build/released/$(INCLUDE); \
+	echo "buf breaking --against $$tag"; $(CBIN)/buf breaking protos --against build/released/protos; fi
+
+# --- quality ------------------------------------------------------------------------
+
+.PHONY: format
+format: $(BIN)/.complete $(CONTRACT)/.complete ## Format code and contract
+	@$(BIN)/ruff check --quiet --fix . || true
+	@$(BIN)/ruff format --quiet .
+	@$(CBIN)/buf format --write protos
+
+.PHONY: check
+check: $(BIN)/.complete $(CONTRACT)/.complete check-contract ## Everything CI checks besides the tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	@$(MAKE) generate
+	@dirty=$$(git status --porcelain -- $(STUBS)/tokenwire/v1); if [ -n "$$dirty" ]; then \
+		echo "Generated code differs from what is committed: run 'make generate' and commit it."; echo "$$dirty"; exit 1; fi
+	@if [ -n "$${CI:-}" ] && [ -n "$$(git status --porcelain)" ]; then \
+		echo "The checks left the tree dirty:"; git status --short; exit 1; fi
+	@echo "make check: all good"
+
+.PHONY: test
+test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete ## Run every test (ARGS="-k name" narrows)
+	$(BIN)/pytest $(ARGS)
+
+# --- use ----------------------------------------------------------------------------
+
+.PHONY: demo
+demo: $(BIN)/.complete ## Watch it work: a chat, a batch, a token count, an absorbed 429
+	@$(BIN)/tokenwire demo
