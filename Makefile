@@ -16,7 +16,7 @@ ARGS ?=
 
 .PHONY: help
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 # --- environments -------------------------------------------------------------------
 
@@ -42,6 +42,9 @@ $(CONTRACT)/.complete: protos/requirements.txt
 	cp "$$site"/google/rpc/{status,error_details}.proto $(INCLUDE)/google/rpc/
 	@touch $@
 
+.PHONY: setup-contract
+setup-contract: $(CONTRACT)/.complete ## Install the contract's tools (buf, protoc) into build/contract
+
 .PHONY: lock
 lock: $(BIN)/.complete ## Resolve the newest versions into the hash-pinned requirements.txt files
 	@export UV_CUSTOM_COMPILE_COMMAND="make lock"; \
@@ -49,6 +52,14 @@ lock: $(BIN)/.complete ## Resolve the newest versions into the hash-pinned requi
 	$$compile protos/requirements.in -o protos/requirements.txt; \
 	$$compile service/requirements.in -o service/requirements.txt; \
 	$$compile tests/requirements.in -c service/requirements.txt -o tests/requirements.txt
+
+# An upstream written by others: see tests/aimock. CI must test against it; a developer's
+# machine without Node, or offline, skips those tests.
+build/npm/.complete: tests/aimock/package.json tests/aimock/package-lock.json tests/aimock/.npmrc
+	@mkdir -p $(@D)
+	@cp $^ $(@D)
+	@if npm ci --prefix $(@D) --prefer-offline --ignore-scripts --no-audit --no-fund --loglevel=error >/dev/null; \
+	then touch $@; else echo "npm cannot install aimock: its tests fail in CI and are skipped elsewhere"; test -z "$${CI:-}"; fi
 
 # --- contract -----------------------------------------------------------------------
 
@@ -96,6 +107,10 @@ check: $(BIN)/.complete $(CONTRACT)/.complete check-contract ## Everything CI ch
 .PHONY: test
 test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete ## Run every test (ARGS="-k name" narrows)
 	$(BIN)/pytest $(ARGS)
+
+.PHONY: compatibility
+compatibility: $(BIN)/.complete ## Write docs/compatibility.md from ../shared/corpus
+	@PYTHONPATH=tests $(BIN)/python -m corpus.compatibility
 
 # --- use ----------------------------------------------------------------------------
 

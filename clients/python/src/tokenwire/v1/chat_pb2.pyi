@@ -726,7 +726,9 @@ class GenerationParams(_message.Message):
     """Allow several calls in one turn."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Where to stop: at most 16 strings, none empty. Never part of the returned text."""
+        """Where to stop: at most 16 strings of 1 to 1024 characters. Never part of the
+        returned text.
+        """
 
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:

@@ -567,22 +567,28 @@ class Finish(_message.Message):
     CHOICE_INDEX_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     FINISH_REASON_RAW_FIELD_NUMBER: _builtins.int
+    EXTRA_JSON_FIELD_NUMBER: _builtins.int
     choice_index: _builtins.int
     """Choice that ended."""
     finish_reason: _chat_pb2.FinishReason.ValueType
     """Why."""
     finish_reason_raw: _builtins.str
-    """The upstream's own word for it."""
+    """The upstream's own word for it; empty when it never said one."""
+    extra_json: _builtins.str
+    """JSON object text of upstream choice fields not listed here, the last value of
+    each.
+    """
     def __init__(
         self,
         *,
         choice_index: _builtins.int = ...,
         finish_reason: _chat_pb2.FinishReason.ValueType = ...,
         finish_reason_raw: _builtins.str = ...,
+        extra_json: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "finish_reason", b"finish_reason", "finish_reason_raw", b"finish_reason_raw"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "extra_json", b"extra_json", "finish_reason", b"finish_reason", "finish_reason_raw", b"finish_reason_raw"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -675,23 +681,29 @@ class StreamTrailer(_message.Message):
 
     USAGE_FIELD_NUMBER: _builtins.int
     TIME_TO_FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    EXTRA_JSON_FIELD_NUMBER: _builtins.int
+    extra_json: _builtins.str
+    """JSON object text of upstream fields of the whole response that are not listed
+    here and came after the header, the last value of each.
+    """
     @_builtins.property
     def usage(self) -> _chat_pb2.Usage:
         """Tokens used."""
 
     @_builtins.property
     def time_to_first_token(self) -> _duration_pb2.Duration:
-        """Time from request to first text."""
+        """Time from the arrival of the call to its first delta or snapshot."""
 
     def __init__(
         self,
         *,
         usage: _chat_pb2.Usage | None = ...,
         time_to_first_token: _duration_pb2.Duration | None = ...,
+        extra_json: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time_to_first_token", b"time_to_first_token", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["time_to_first_token", b"time_to_first_token", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["extra_json", b"extra_json", "time_to_first_token", b"time_to_first_token", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

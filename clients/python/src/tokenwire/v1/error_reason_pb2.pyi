@@ -69,7 +69,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Details: RetryInfo with the soonest time a key is ready, QuotaFailure.
 
         { "reason": "RATE_LIMITED", "domain": "tokenwire",
-          "metadata": { "upstream": "openai", "upstreamStatus": "429", "attempts": "2" } }
+          "metadata": { "upstream": "openai", "upstreamStatus": "429", "attempts": "2",
+            "trail": "openai/k1 429 RATE_LIMITED, openai/k2 429 RATE_LIMITED" } }
         { "retryDelay": "12.5s" }
     """
     ERROR_REASON_UPSTREAM_QUOTA_EXHAUSTED: _ErrorReason.ValueType  # 12
@@ -95,7 +96,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_UPSTREAM_STREAM_INTERRUPTED: _ErrorReason.ValueType  # 20
     """The upstream stream ended early, after text was sent: what arrived is a true
     prefix, and not the whole answer. UNAVAILABLE. Never retried by the gateway.
-    Metadata: `promptTokens` and `completionTokens`, where the upstream told them.
+    Metadata: `promptTokens` and `completionTokens`; `usageEstimated` is `true` where
+    the gateway counted because the upstream had not told them yet.
     """
     ERROR_REASON_GATEWAY_OVERLOADED: _ErrorReason.ValueType  # 21
     """This instance is full; another may not be. UNAVAILABLE. Details: RetryInfo."""
@@ -107,6 +109,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The caller cancelled. CANCELLED. Seen inside a batch and in logs."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 25
     """A defect of the gateway, logged there under `requestId`. INTERNAL."""
+    ERROR_REASON_CALLER_STALLED: _ErrorReason.ValueType  # 26
+    """The caller did not read its stream for too long, and the gateway gave up, so that
+    the upstream stops. ABORTED.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed: the value of google.rpc.ErrorInfo.reason, written without the
@@ -116,10 +122,16 @@ class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     all values are strings, all keys may be absent:
 
     - `requestId`: the `x-request-id` of the call.
-    - `upstream`: configured name of the upstream that failed last.
+    - `upstream`: configured name of the upstream that the error is about; where
+      fallbacks failed too, that of the model asked for.
     - `upstreamStatus`: its HTTP status, absent when no answer arrived.
     - `upstreamCode`: its own error code, as it spelled it.
     - `attempts`: upstream requests made for this call.
+    - `trail`: what was tried and what came of it, in order: upstream/key id, HTTP
+      status if one came, reason, such as
+      `openai/k1 429 RATE_LIMITED, openai/k2 500 UPSTREAM_ERROR`. An attempt that the
+      call's own end cut off is `unfinished`. At most 300 characters: `...` stands for
+      earlier attempts that do not fit.
 
     Other details come with the reasons that name them. The trailer
     `grpc-retry-pushback-ms` is `-1` where a retry cannot help, or the gateway has used
@@ -175,7 +187,8 @@ ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 11
 Details: RetryInfo with the soonest time a key is ready, QuotaFailure.
 
     { "reason": "RATE_LIMITED", "domain": "tokenwire",
-      "metadata": { "upstream": "openai", "upstreamStatus": "429", "attempts": "2" } }
+      "metadata": { "upstream": "openai", "upstreamStatus": "429", "attempts": "2",
+        "trail": "openai/k1 429 RATE_LIMITED, openai/k2 429 RATE_LIMITED" } }
     { "retryDelay": "12.5s" }
 """
 ERROR_REASON_UPSTREAM_QUOTA_EXHAUSTED: ErrorReason.ValueType  # 12
@@ -201,7 +214,8 @@ ERROR_REASON_UPSTREAM_PROTOCOL_ERROR: ErrorReason.ValueType  # 19
 ERROR_REASON_UPSTREAM_STREAM_INTERRUPTED: ErrorReason.ValueType  # 20
 """The upstream stream ended early, after text was sent: what arrived is a true
 prefix, and not the whole answer. UNAVAILABLE. Never retried by the gateway.
-Metadata: `promptTokens` and `completionTokens`, where the upstream told them.
+Metadata: `promptTokens` and `completionTokens`; `usageEstimated` is `true` where
+the gateway counted because the upstream had not told them yet.
 """
 ERROR_REASON_GATEWAY_OVERLOADED: ErrorReason.ValueType  # 21
 """This instance is full; another may not be. UNAVAILABLE. Details: RetryInfo."""
@@ -213,4 +227,8 @@ ERROR_REASON_CANCELLED: ErrorReason.ValueType  # 24
 """The caller cancelled. CANCELLED. Seen inside a batch and in logs."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 25
 """A defect of the gateway, logged there under `requestId`. INTERNAL."""
+ERROR_REASON_CALLER_STALLED: ErrorReason.ValueType  # 26
+"""The caller did not read its stream for too long, and the gateway gave up, so that
+the upstream stops. ABORTED.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
