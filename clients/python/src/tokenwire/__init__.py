@@ -1,0 +1,30 @@
+"""Python client of Tokenwire, the gRPC gateway for LLM chat."""
+
+from tokenwire import aio
+from tokenwire.client import AsyncBatch, AsyncClient, AsyncStream, Batch, Client, Stream
+from tokenwire.core import BatchResult
+from tokenwire.errors import FieldViolation, TokenwireError
+from tokenwire.replies import Accumulator, Choice, Reply, StreamEvent, ToolCall
+from tokenwire.requests import CallOptions, ChatOptions, Message, Prompt
+
+__all__ = [
+    "Accumulator",
+    "AsyncBatch",
+    "AsyncClient",
+    "AsyncStream",
+    "Batch",
+    "BatchResult",
+    "CallOptions",
+    "ChatOptions",
+    "Choice",
+    "Client",
+    "FieldViolation",
+    "Message",
+    "Prompt",
+    "Reply",
+    "Stream",
+    "StreamEvent",
+    "TokenwireError",
+    "ToolCall",
+    "aio",
+]

@@ -1,0 +1,109 @@
+"""A fake gateway per test, and both clients behind one face so that each case runs on both."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tokenwire import TokenwireError
+from tokenwire.testing import FakeGateway
+
+
+class Blocking:
+    """The blocking client."""
+
+    def __init__(self, gateway: FakeGateway) -> None:
+        self._gateway = gateway
+        self._client = gateway.client()
+
+    def connect(self, **options: Any) -> None:
+        """Replace the client by one with these options."""
+        self.close()
+        self._client = self._gateway.client(**options)
+
+    def call(self, method: str, *args: Any, **options: Any) -> Any:
+        """What a unary method returns."""
+        return getattr(self._client, method)(*args, **options)
+
+    def read(self, method: str, *args: Any, **options: Any) -> tuple[Any, list[Any], Any]:
+        """The stream, the items it gave, and the error it ended with, if any."""
+        stream = getattr(self._client, method)(*args, **options)
+        items: list[Any] = []
+        try:
+            for item in stream:
+                items.append(item)  # noqa: PERF402 - kept also when the next one raises
+        except TokenwireError as error:
+            return stream, items, error
+        return stream, items, None
+
+    def texts(self, *args: Any, **options: Any) -> list[str]:
+        """The text deltas of a stream."""
+        choice = options.pop("choice_index", 0)
+        return list(self._client.stream(*args, **options).text_deltas(choice))
+
+    def close(self) -> None:
+        self._client.close()
+
+
+class Asyncio:
+    """The asyncio client, with the same face."""
+
+    def __init__(self, gateway: FakeGateway) -> None:
+        self._gateway = gateway
+        self._runner = asyncio.Runner()
+        self._client = gateway.async_client()
+
+    def connect(self, **options: Any) -> None:
+        self._runner.run(self._client.close())
+        self._client = self._gateway.async_client(**options)
+
+    def call(self, method: str, *args: Any, **options: Any) -> Any:
+        async def call() -> Any:
+            return await getattr(self._client, method)(*args, **options)
+
+        return self._runner.run(call())
+
+    def read(self, method: str, *args: Any, **options: Any) -> tuple[Any, list[Any], Any]:
+        async def read() -> tuple[Any, list[Any], Any]:
+            stream = getattr(self._client, method)(*args, **options)
+            items: list[Any] = []
+            try:
+                async for item in stream:
+                    items.append(item)  # noqa: PERF401 - kept also when the next one raises
+            except TokenwireError as error:
+                return stream, items, error
+            return stream, items, None
+
+        return self._runner.run(read())
+
+    def texts(self, *args: Any, **options: Any) -> list[str]:
+        async def texts() -> list[str]:
+            choice = options.pop("choice_index", 0)
+            return [t async for t in self._client.stream(*args, **options).text_deltas(choice)]
+
+        return self._runner.run(texts())
+
+    def close(self) -> None:
+        async def close() -> None:
+            await self._client.close()
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            assert not left, f"tasks left: {left}"
+
+        self._runner.run(close())
+        self._runner.close()
+
+
+@pytest.fixture
+def gateway() -> Iterator[FakeGateway]:
+    with FakeGateway() as gateway:
+        yield gateway
+
+
+@pytest.fixture(params=[Blocking, Asyncio])
+def client(request: pytest.FixtureRequest, gateway: FakeGateway) -> Iterator[Any]:
+    client = request.param(gateway)
+    yield client
+    client.close()
