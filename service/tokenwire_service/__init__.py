@@ -1,0 +1,1 @@
+"""Tokenwire's gateway: gRPC chat in front of OpenAI-compatible upstreams."""

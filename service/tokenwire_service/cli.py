@@ -1,0 +1,184 @@
+"""The command line: tokenwire serve | check-config | simulate | chat | demo.
+
+What a subcommand needs is imported when it runs: `tokenwire --help` and `tokenwire chat` do not
+load the server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Coroutine, Sequence
+from contextlib import AsyncExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenwire_service.config import Config
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+_SIMULATED = """
+  ************************************************************************
+  **  SIMULATED ANSWERS: no model is asked, every answer is made up.    **
+  **  Set OPENAI_API_KEY, or name a file with --config, for real ones.  **
+  ************************************************************************
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; returns its exit code."""
+    # gRPC reads this when it is imported. Its core writes lines of its own form to stderr, about
+    # what is told here as well.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from tokenwire_service import terminal
+
+    parser = argparse.ArgumentParser(prog="tokenwire", description="A gRPC gateway for LLM chat.")
+    parser.add_argument(
+        "--version", action="version", version=f"tokenwire {version('tokenwire-service')}"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="run the gateway")
+    serve.add_argument("--config", type=Path, metavar="FILE", help="YAML file; none is needed")
+    serve.add_argument("--listen", metavar="ADDR", help="host:port; default 127.0.0.1:50051")
+    serve.set_defaults(run=_serve)
+
+    check = commands.add_parser("check-config", help="say what is wrong with a configuration")
+    check.add_argument(
+        "file",
+        type=Path,
+        nargs="?",
+        metavar="FILE",
+        help="default: $TOKENWIRE_CONFIG, else only the environment is checked",
+    )
+    check.add_argument("--config", type=Path, metavar="FILE", help="the same")
+    check.set_defaults(run=_check_config)
+
+    simulate = commands.add_parser("simulate", help="run a made-up OpenAI-compatible upstream")
+    simulate.add_argument(
+        "--listen", default="127.0.0.1:8081", metavar="HOST:PORT", help="default: %(default)s"
+    )
+    simulate.add_argument(
+        "--tokens-per-second",
+        type=float,
+        default=60.0,
+        metavar="N",
+        help="pace of an answer (default: %(default)g; 0: as fast as possible)",
+    )
+    simulate.set_defaults(run=_simulate)
+
+    chat = commands.add_parser("chat", help="ask a running gateway, in the terminal")
+    terminal.add_chat_arguments(chat)
+    chat.set_defaults(run=terminal.run_chat)
+
+    demo = commands.add_parser("demo", help="watch a gateway work, from start to end")
+    demo.set_defaults(run=_demo)
+
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        return EXIT_USAGE
+    code: int = arguments.run(arguments)
+    return code
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from tokenwire_service.config import ConfigError, load
+    from tokenwire_service.server import ListenError, ServerEndedError
+
+    try:
+        config = load(arguments.config, os.environ, listen=arguments.listen)
+    except ConfigError as error:
+        print(*error.problems, sep="\n", file=sys.stderr)
+        print("nothing was started", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        _run(_serve_config(config))
+    except (ListenError, ServerEndedError) as error:
+        print(f"tokenwire: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    return 0
+
+
+async def _serve_config(config: Config) -> None:
+    from tokenwire_service.server import Running, serve_until_signalled
+    from tokenwire_service.simulated import with_simulator
+    from tokenwire_service.telemetry import configure_logging
+
+    as_json = (config.log.format or ("text" if sys.stderr.isatty() else "json")) == "json"
+    secrets = [key.secret for upstream in config.upstreams for key in upstream.keys]
+    logger = configure_logging(config.log.level, as_json, secrets=secrets)
+    for warning in config.warnings:
+        logger.warning("configuration", extra={"fields": {"warning": warning}})
+    async with AsyncExitStack() as stack:
+        simulated = config.needs_simulator
+        if simulated:
+            config = await with_simulator(config, stack)
+
+        def announce(running: Running) -> None:
+            logger.info(
+                "serving",
+                extra={
+                    "fields": {
+                        "address": running.address,
+                        "upstreams": ",".join(u.name for u in config.upstreams),
+                        "keys": sum(len(u.keys) for u in config.upstreams),
+                    }
+                },
+            )
+            if simulated:
+                if not as_json:  # a person may be looking: one log line is easily missed
+                    print(_SIMULATED, file=sys.stderr)
+                logger.warning(
+                    "SIMULATED ANSWERS: no OPENAI_API_KEY and no --config, so the built-in "
+                    "simulator answers instead of a model"
+                )
+
+        await serve_until_signalled(config, logger, announce)
+
+
+def _check_config(arguments: argparse.Namespace) -> int:
+    from tokenwire_service.config import check
+
+    return check(arguments.file or arguments.config, os.environ, sys.stdout)
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    from tokenwire_service.simulator import run
+
+    host, _, port = arguments.listen.rpartition(":")
+    if not port.isdigit() or int(port) > 65535:
+        print("tokenwire simulate: --listen takes HOST:PORT", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        _run(run(host or "127.0.0.1", int(port), tokens_per_second=arguments.tokens_per_second))
+    except (OSError, ValueError) as error:
+        print(f"tokenwire simulate: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    return 0
+
+
+def _demo(_arguments: argparse.Namespace) -> int:
+    from tokenwire_service.demo import run_demo
+
+    return run_demo(os.environ)
+
+
+def _run(main_coroutine: Coroutine[Any, Any, None]) -> None:
+    """Runs on uvloop, which costs less per message than asyncio's own loop."""
+    try:
+        import uvloop
+    except ImportError:  # not made for Windows
+        asyncio.run(main_coroutine)
+        return
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main_coroutine)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,464 @@
+"""One YAML file and the environment, read once into a frozen `Config`.
+
+Nothing else in the gateway reads the environment or a file of keys. What can be configured
+is in `settings`; here it is loaded, and checked where one field alone cannot tell.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import UNSET
+
+from tokenwire_service.secret import Secret
+from tokenwire_service.settings import (
+    OPENAI_BASE_URL,
+    OPENAI_UNSUPPORTED,
+    Config,
+    Drain,
+    Key,
+    KeySource,
+    Limits,
+    Listen,
+    Log,
+    Model,
+    Organization,
+    OrganizationSource,
+    Retries,
+    Timeouts,
+    Upstream,
+    UpstreamTimeouts,
+    Url,
+)
+from tokenwire_service.typed_yaml import Place, Reader, convert, did_you_mean, quoted
+from tokenwire_service.validation import KNOWN_ROLES
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "ConfigFileError",
+    "Drain",
+    "Key",
+    "Limits",
+    "Log",
+    "Model",
+    "Retries",
+    "Secret",
+    "Timeouts",
+    "Upstream",
+    "UpstreamTimeouts",
+    "check",
+    "load",
+]
+
+MAX_FILE_BYTES = 2**20  # of the configuration, and of each file of keys
+
+# Shapes of API keys in use: OpenAI and those who copy it, xAI, Groq, Hugging Face, Google, ...
+_LOOKS_LIKE_KEY = re.compile(
+    r"\b(?:sk|rk|gsk|xai|pplx|nvapi|csk|hf|r8|fw)[-_](?=[\w-]*\d)[\w-]{12,}|\bAIza[\w-]{30,}"
+)
+_REAL_KEY_LENGTH = 16  # shorter ones are placeholders such as "dummy", and may be plain words
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used. `problems`: one line each, in the order of the file.
+
+    No problem holds a secret. The text of the exception is all problems, one per line.
+    """
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class ConfigFileError(ConfigError):
+    """The configuration file itself cannot be read."""
+
+
+def load(path: Path | None, environ: Mapping[str, str], *, listen: str | None = None) -> Config:
+    """Read the configuration: the file, else what `TOKENWIRE_CONFIG` names, else the environment.
+
+    `listen` is the command line's address; it wins over `TOKENWIRE_LISTEN`, which wins over
+    the file. Raises ConfigError with every problem, ConfigFileError if there is no file to
+    read. Touches nothing but the file and the files of keys that it names.
+    """
+    if path is None and environ.get("TOKENWIRE_CONFIG"):
+        path = Path(environ["TOKENWIRE_CONFIG"])
+    return _Loading(path, environ).run(listen)
+
+
+def check(path: Path | None, environ: Mapping[str, str], out: TextIO) -> int:
+    """Say what would run, or every problem. Returns 0, 1 for problems, 2 without a file."""
+    try:
+        config = load(path, environ)
+    except ConfigError as error:
+        count = len(error.problems)
+        summary = f"{count} problem{'s' if count > 1 else ''} found, nothing started"
+        out.write("\n".join((*error.problems, summary, "")))
+        return 2 if isinstance(error, ConfigFileError) else 1
+    out.write("\n".join((*_summary(config), "")))
+    return 0
+
+
+class _Loading:
+    """One run of `load`."""
+
+    def __init__(self, path: Path | None, environ: Mapping[str, str]) -> None:
+        self._path = path
+        self._environ = environ
+        self._warnings: list[str] = []
+        self._key_ids: dict[Place, dict[tuple[Secret, str | None], str]] = {}  # by upstream
+        self._taken_ids: set[tuple[Place, str]] = set()
+        self._reader = Reader(str(path), expand=self._expand, secret_text=_LOOKS_LIKE_KEY)
+        self._reader.positions |= {("environment",): (0, 0), ("--listen",): (0, 0)}
+
+    def run(self, listen: str | None) -> Config:
+        config = self._read_file() if self._path else Config()
+        upstreams = config.upstreams
+        if ("upstreams",) not in self._reader.positions:
+            upstreams = self._environment_upstream()
+            if self._path and not upstreams and not self._reader.problems:
+                expected = "at least one, or OPENAI_API_KEY in the environment"
+                self._reader.problem(("upstreams",), "nothing", expected)
+        elif not upstreams and not self._reader.problems:
+            self._reader.problem(("upstreams",), "nothing", "at least one")
+        config = msgspec.structs.replace(
+            config,
+            listen=self._listen(listen, config.listen),
+            upstreams=tuple(map(self._with_defaults, upstreams)),
+        )
+        config = msgspec.structs.replace(config, models=tuple(self._models(config)))
+        self._check_whole(config)
+        config = msgspec.structs.replace(config, warnings=tuple(self._warnings))
+        self._raise_problems(config)
+        return config
+
+    def _read_file(self) -> Config:
+        assert self._path is not None
+        try:
+            text = _read_text(self._path)
+        except _UnreadableError as error:
+            raise ConfigFileError(
+                [_printable(f"{self._path}: got a file that is {error}, expected YAML")]
+            ) from None
+        config = self._reader.read(text, Config)
+        if config is UNSET:
+            self._raise_problems(Config())
+        assert isinstance(config, Config)
+        return config
+
+    def _raise_problems(self, config: Config) -> None:
+        """Raise what was found; last of all, that a key stands where it would be shown."""
+        secrets = {s.reveal() for ids in self._key_ids.values() for s, _ in ids}
+        secrets = {text for text in secrets if len(text) >= _REAL_KEY_LENGTH}
+        # Also as problems and repr spell them.
+        secrets |= {form(text)[1:-1] for text in secrets for form in (json.dumps, repr)}
+        shown = repr(config)
+        if any(text in shown for text in secrets):
+            place: Place = () if self._path else ("environment",)
+            self._reader.problem(place, "a key outside its variable or file", "it nowhere else")
+        if self._reader.problems:
+            problems = []
+            for _, _, problem in sorted(self._reader.problems):
+                for text in secrets:
+                    problem = problem.replace(text, "***")
+                problems.append(_printable(problem))
+            raise ConfigError(problems)
+
+    # --- environment ----------------------------------------------------------------
+
+    def _variable(self, name: str) -> str:
+        return self._environ.get(name, "").strip()
+
+    def _convert(self, place: Place, value: str, hint: Any, default: str) -> str:
+        try:
+            return str(convert(value, hint))
+        except ValueError as error:
+            self._reader.problem(place, quoted(value), str(error))
+            return default
+
+    def _listen(self, argument: str | None, configured: str) -> str:
+        if argument is not None:
+            return self._convert(("--listen",), argument, Listen, configured)
+        if value := self._variable("TOKENWIRE_LISTEN"):
+            place = ("environment", "TOKENWIRE_LISTEN")
+            return self._convert(place, value, Listen, configured)
+        return configured
+
+    def _environment_upstream(self) -> tuple[Upstream, ...]:
+        """Return the upstream that OPENAI_API_KEY stands for, or nothing without it."""
+        if not any(_split(self._variable("OPENAI_API_KEY"))):
+            for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_ORG_ID"):
+                why = "is empty" if name == "OPENAI_API_KEY" else "is set without OPENAI_API_KEY"
+                if name in self._environ:
+                    self._warn(("environment", name), f"{why}, and not used")
+            return ()
+        place_of_keys = ("environment", "OPENAI_API_KEY")
+        texts = self._environment_texts("OPENAI_API_KEY", place_of_keys)
+        base_url = self._variable("OPENAI_BASE_URL") or OPENAI_BASE_URL
+        place_of_url = ("environment", "OPENAI_BASE_URL")
+        organizations: list[str] = []
+        if self._variable("OPENAI_ORG_ID"):
+            organizations = self._organizations("OPENAI_ORG_ID", ("environment", "OPENAI_ORG_ID"))
+        return (
+            Upstream(
+                name="openai",
+                base_url=self._convert(place_of_url, base_url, Url, OPENAI_BASE_URL),
+                keys=tuple(self._keys(KeySource(env="OPENAI_API_KEY"), texts, place_of_keys)),
+                organizations=tuple(organizations),
+                passthrough=True,
+            ),
+        )
+
+    # --- secrets --------------------------------------------------------------------
+
+    def _expand(self, source: KeySource | OrganizationSource, place: Place) -> list[Any]:
+        """Turn an element of `keys` or `organizations` into what it stands for."""
+        env, place_of_env = source.env, (*place, "env")
+        if isinstance(source, OrganizationSource):
+            return self._organizations(env, place_of_env) if env else []
+        written = [way for way in ("env", "file") if (*place, way) in self._reader.positions]
+        if len(written) != 1:
+            got = "both env and file" if written else "neither env nor file"
+            self._reader.problem(place, got, "one of them")
+            return []
+        if env:
+            return list(self._keys(source, self._environment_texts(env, place_of_env), place))
+        if source.file:
+            return list(self._keys(source, self._file_texts(source.file, (*place, "file")), place))
+        return []
+
+    def _keys(self, source: KeySource, texts: list[str], place: Place) -> Iterator[Key]:
+        if not all(re.fullmatch(r"[!-~]{1,4096}", text) for text in texts):
+            got = "a key that is too long or has a space or an unprintable character (not shown)"
+            self._reader.problem(place, got, "up to 4096 visible ASCII characters")
+            return
+        ids = self._key_ids.setdefault(place[:2], {})
+        several = len(set(texts)) > 1
+        number = 0
+        for text in texts:
+            secret = Secret(text)
+            if (secret, source.organization) in ids:
+                key_id = ids[secret, source.organization]
+                self._warn(place, f"{key_id} stands there again; the repetition is dropped")
+                continue
+            number += 1
+            if source.id is None:
+                key_id = _fingerprint(text, source.organization)
+            else:
+                key_id = f"{source.id}-{number}" if several else source.id
+            if (place[:2], key_id) in self._taken_ids:
+                self._reader.problem((*place, "id"), quoted(key_id), "an id no other key has")
+            self._taken_ids.add((place[:2], key_id))
+            ids[secret, source.organization] = key_id
+            yield Key(
+                id=key_id,
+                secret=secret,
+                organization=source.organization,
+                weight=source.weight,
+                quota_group=source.quota_group or "",
+                requests_per_minute=source.requests_per_minute,
+                tokens_per_minute=source.tokens_per_minute,
+                in_flight=source.in_flight,
+            )
+
+    def _environment_texts(self, name: str, place: Place) -> list[str]:
+        texts = list(filter(None, _split(self._environ.get(name, ""))))
+        if not texts:
+            # A name in lower case may be a key in the wrong place.
+            shown = name if re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}", name) else "a variable"
+            state = "empty" if name in self._environ else "not set"
+            self._reader.problem(place, f"{shown}, which is {state}", "a variable with a value")
+        return texts
+
+    def _file_texts(self, name: str, place: Place) -> list[str]:
+        # Without a slash or dot in front, it may be a key in the wrong place.
+        shown = quoted(name) if name.startswith(("/", "./", "../")) else "a path"
+        expected = "a readable file with one key on each line"
+        try:
+            assert self._path is not None
+            text = _read_text(self._path.parent / name)
+        except _UnreadableError as error:
+            self._reader.problem(place, f"{shown}, which is {error}", expected)
+            return []
+        lines = (re.sub(r"(^|\s)#.*", "", line) for line in text.splitlines())
+        texts = [text for line in lines for text in _split(line) if text]
+        if not texts:
+            self._reader.problem(place, f"{shown}, which is empty", expected)
+        return texts
+
+    def _organizations(self, name: str, place: Place) -> list[str]:
+        texts = self._environment_texts(name, place)
+        try:
+            return [convert(text, Organization) for text in texts]
+        except ValueError as error:
+            self._reader.problem(place, "a value that is not shown", str(error))
+            return []
+
+    # --- what fields cannot say alone -------------------------------------------------
+
+    def _with_defaults(self, upstream: Upstream) -> Upstream:
+        written = ("upstreams", upstream.name, "unsupported_parameters") in self._reader.positions
+        if written or not upstream.base_url:
+            return upstream
+        if urlsplit(upstream.base_url).hostname != urlsplit(OPENAI_BASE_URL).hostname:
+            return upstream
+        return msgspec.structs.replace(upstream, unsupported_parameters=OPENAI_UNSUPPORTED)
+
+    def _models(self, config: Config) -> Iterator[Model]:
+        upstreams = {upstream.name: upstream for upstream in config.upstreams}
+        # Also those too broken to read: one mistake, one problem.
+        written = {p[1] for p in self._reader.positions if len(p) == 2 and p[0] == "upstreams"}
+        known = sorted({*upstreams, *map(str, written)})
+        owners = {model.name: model.name for model in config.models}
+        for model in config.models:
+            place: Place = ("models", model.name)
+            if model.upstream and model.upstream not in known:
+                hint = did_you_mean(model.upstream, known)
+                expected = f"one of {', '.join(known)}{hint}" if known else "a configured upstream"
+                self._reader.problem((*place, "upstream"), quoted(model.upstream), expected)
+            aliases = self._reader.elements.get((*place, "aliases"), [])
+            for alias, where in zip(model.aliases, aliases, strict=True):
+                if alias in owners:
+                    got = f"{quoted(alias)}, a name of model {quoted(owners[alias])}"
+                    self._reader.problem(where, got, "a name that is used once")
+                owners.setdefault(alias, model.name)
+            self._check_fallbacks(model, place, config)
+            self._check_tokens(model, place)
+            self._check_roles(model, (*place, "role_templates"))
+            if upstream := upstreams.get(model.upstream):
+                unsupported = upstream.unsupported_parameters | model.unsupported_parameters
+                for parameter, _ in model.defaults.ListFields():
+                    if parameter.name in unsupported:
+                        got = "a default for a parameter that its upstream does not take"
+                        where = (*place, "defaults", parameter.name)
+                        self._reader.problem(where, got, "none, or other unsupported_parameters")
+                model = msgspec.structs.replace(model, unsupported_parameters=unsupported)
+            yield model
+
+    def _check_fallbacks(self, model: Model, place: Place, config: Config) -> None:
+        known = sorted(m.name for m in config.models if m.name != model.name)
+        places = self._reader.elements.get((*place, "fallbacks"), [])
+        for name, where in zip(model.fallbacks, places, strict=True):
+            if name not in known:
+                hint = did_you_mean(name, known)
+                expected = f"another model: {', '.join(known)}{hint}" if known else "none"
+                self._reader.problem(where, quoted(name), expected)
+
+    def _check_tokens(self, model: Model, place: Place) -> None:
+        window, cap = model.context_window_tokens, model.max_completion_tokens
+        default = model.defaults.max_completion_tokens
+        if window and cap and cap > window:
+            expected = f"no more than context_window_tokens, {window}"
+            self._reader.problem((*place, "max_completion_tokens"), str(cap), expected)
+        if cap and default > cap:
+            expected = f"no more than the model's max_completion_tokens, {cap}"
+            where = (*place, "defaults", "max_completion_tokens")
+            self._reader.problem(where, str(default), expected)
+
+    def _check_roles(self, model: Model, place: Place) -> None:
+        fallbacks: dict[str, tuple[str, Place]] = {}
+        places = self._reader.elements.get(place, [])
+        for template, where in zip(model.role_templates, places, strict=True):
+            if template.role in fallbacks:
+                self._reader.problem((*where, "role"), quoted(template.role), "each role once")
+            elif template.role:
+                fallbacks[template.role] = (template.fallback_role, where)
+        known = sorted({*fallbacks, *KNOWN_ROLES})
+        for role, (fallback, where) in fallbacks.items():
+            if fallback and fallback not in known:
+                expected = f"one of {', '.join(known)}{did_you_mean(fallback, known)}"
+                self._reader.problem((*where, "fallback_role"), quoted(fallback), expected)
+            chain = {role: None}  # in order
+            while fallback in fallbacks and fallback not in chain:
+                chain[fallback] = None
+                fallback = fallbacks[fallback][0]
+            if fallback == role:
+                got = " -> ".join([*chain, role])
+                self._reader.problem((*where, "fallback_role"), got, "no circle")
+
+    def _check_whole(self, config: Config) -> None:
+        if config.retries.backoff_cap < config.retries.backoff:
+            expected = f"no less than backoff, {config.retries.backoff:g}s"
+            place = ("retries", "backoff_cap")
+            self._reader.problem(place, f"{config.retries.backoff_cap:g}s", expected)
+        through = [upstream for upstream in config.upstreams if upstream.passthrough]
+        for upstream in through[1:]:
+            got = f"true, as at {through[0].name}"
+            expected = "it at one upstream only"
+            self._reader.problem(("upstreams", upstream.name, "passthrough"), got, expected)
+        for upstream in config.upstreams:
+            lower = [name.lower() for name in upstream.headers]
+            for index, name in enumerate(upstream.headers):
+                if lower.index(name.lower()) < index:
+                    where = ("upstreams", upstream.name, "headers", name)
+                    self._reader.problem(where, "this header again", "it once, in any case")
+        used = {model.upstream for model in config.models} | {u.name for u in through}
+        for upstream in config.upstreams:
+            if upstream.name not in used:
+                self._warn(("upstreams", upstream.name), "no model and no passthrough leads here")
+
+    def _warn(self, place: Place, text: str) -> None:
+        self._warnings.append(f"{self._reader.where(place)}: {text}")
+
+
+class _UnreadableError(Exception):
+    """Why a file cannot be read, in a few words that quote nothing of it."""
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise _UnreadableError(f"unreadable ({error.strerror})") from None
+    except ValueError:
+        raise _UnreadableError("unreadable (no file can have this name)") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise _UnreadableError("unreadable (larger than 1MiB)")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise _UnreadableError("unreadable (not UTF-8)") from None
+
+
+def _printable(text: str) -> str:
+    """Escape what a terminal obeys or an encoder refuses, lone surrogates included."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def _split(text: str) -> list[str]:
+    """Split what commas and line breaks separate."""
+    return [part.strip() for part in re.split(r"[,\r\n]", text)]
+
+
+def _fingerprint(secret: str, organization: str | None) -> str:
+    parts = ["tokenwire key id v1", secret, *filter(None, [organization])]
+    return "key-" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
+
+
+def _summary(config: Config) -> Iterator[str]:
+    yield f"listen     {config.listen}"
+    if config.needs_simulator:
+        yield "upstreams  none: no file, and no OPENAI_API_KEY; serve starts the simulator"
+    for upstream in config.upstreams:
+        yield f"upstream   {upstream.name}  {upstream.base_url}  ({upstream.dialect})"
+        for key in upstream.keys:
+            organization = f"  organization {key.organization}" if key.organization else ""
+            yield (
+                f"  key      {key.id}  quota group {key.quota_group}  weight {key.weight:g}"
+                f"{organization}"
+            )
+    for model in config.models:
+        also = f"  also {', '.join(model.aliases)}" if model.aliases else ""
+        yield f"model      {model.name} -> {model.upstream} {model.upstream_model}{also}"
+    for upstream in config.upstreams:
+        if upstream.passthrough:
+            yield f"model      any other name -> {upstream.name}"
+    for warning in config.warnings:
+        yield f"warning    {warning}"

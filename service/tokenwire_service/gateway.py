@@ -1,0 +1,717 @@
+"""The policy: one request becomes attempts becomes one answer.
+
+Before the first message to the caller, a failed attempt may be followed by another, as the
+verdict table (errors.py) says, within the attempts, the retry budget and the deadline. After it
+nothing is ever retried: the caller would get text twice, so it gets UPSTREAM_STREAM_INTERRUPTED.
+OK is only ever said when the upstream proved that its answer is complete.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from tokenwire.v1 import (
+    chat_pb2,
+    chat_service_pb2,
+    error_reason_pb2,
+    model_service_pb2,
+)
+from tokenwire_service.admission import Admission, FullError
+from tokenwire_service.config import Config, Model
+from tokenwire_service.errors import (
+    VERDICTS,
+    Fault,
+    GatewayError,
+    RequestAction,
+    UpstreamFault,
+    Violation,
+)
+from tokenwire_service.keyring import FIRST_COOLDOWN, STATED_OVERLOAD_CAP, Lease, Unavailable
+from tokenwire_service.pool import Pool
+from tokenwire_service.relay import HEARTBEAT_SECONDS, Outbox, Write
+from tokenwire_service.retry import Backoff, RetryBudget
+from tokenwire_service.secret import Scrubber
+from tokenwire_service.stops import StopFilter, cut_at
+from tokenwire_service.telemetry import AttemptEvent, Observer
+from tokenwire_service.tokens import layout
+from tokenwire_service.upstream.client import Progress
+from tokenwire_service.upstream.dialect import Encoded, Route
+
+T = TypeVar("T")
+
+_BYTES_PER_TOKEN = 4  # see `estimate`
+
+# Longer status messages risk the 8 kB of trailers, where every byte beyond ASCII takes three:
+# see docs/errors.md.
+MESSAGE_CHARACTERS = 300
+MESSAGE_BYTES = 900
+TRAIL_CHARACTERS = 300
+_MORE = "..., "  # for the attempts that do not fit
+
+_LAST_WORDS = 1.0  # seconds after the deadline for the last snapshots, if the caller reads
+
+# The `fault` of an attempt whose end is not its upstream's doing: the caller left, did not read, or
+# its time was over.
+ABANDONED = "abandoned"
+
+# How an upstream says that it has no list of its models.
+_NO_LIST = frozenset(
+    {
+        error_reason_pb2.ERROR_REASON_INVALID_REQUEST,
+        error_reason_pb2.ERROR_REASON_MODEL_NOT_FOUND,
+    }
+)
+
+# What providers call a parameter, where that is not the proto's own path.
+_PARAM_PATHS = {
+    "max_tokens": "params.max_completion_tokens",
+    "max_completion_tokens": "params.max_completion_tokens",
+    "n": "params.choice_count",
+    "user": "end_user_id",
+    "safety_identifier": "end_user_id",
+}
+
+
+@dataclass
+class Call:
+    """One request on its way. Times are monotonic seconds."""
+
+    chat: chat_service_pb2.ChatRequest
+    request_id: str
+    started: float
+    deadline: float
+    deadline_is_callers: bool
+    accepted: bool = False  # before the drain: an item of a batch that runs already
+    attempts: list[chat_service_pb2.UpstreamAttempt] = field(default_factory=list)
+    usage: chat_pb2.Usage | None = None  # known at the end; estimated where the upstream was cut
+
+
+@dataclass
+class Plan:
+    """One way to answer a call: a route, its pool, and the request as that upstream wants it."""
+
+    route: Route
+    pool: Pool
+    encoded: Encoded
+
+
+@dataclass
+class Attempt:
+    """What one attempt needs, and whether the caller has been told anything."""
+
+    plan: Plan
+    lease: Lease
+    progress: Progress
+    started: float
+    record: chat_service_pb2.UpstreamAttempt  # its entry in the trail the caller sees
+    outbox: Outbox | None = None
+    accepted: bool = False  # the upstream has begun to answer
+
+    @property
+    def committed(self) -> bool:
+        """True once a message went to the caller: nothing may be retried from then on."""
+        return self.outbox is not None and self.outbox.committed
+
+
+class Gateway:
+    """Routes calls, makes attempts, keeps the promises above.
+
+    `now` is the running loop's time in seconds and `sleep` asyncio's: tests run both in virtual
+    time.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        pools: Mapping[str, Pool],
+        observer: Observer,
+        *,
+        backoff: Backoff,
+        heartbeat: float = HEARTBEAT_SECONDS,
+        now: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._config = config
+        self._pools = pools
+        self._observer = observer
+        self._backoff = backoff
+        self._heartbeat = heartbeat
+        self._now = now
+        self._sleep = sleep
+        self._budget = RetryBudget(config.retries.budget, config.retries.budget_floor, now)
+        self._admission = Admission(config.limits.in_flight, config.limits.queue, now)
+        self._models: dict[str, Model] = {}
+        for model in config.models:
+            for name in (model.name, *model.aliases):
+                self._models[name] = model
+        self._passthrough = next((u for u in config.upstreams if u.passthrough), None)
+        self.draining = False
+
+    @property
+    def in_flight(self) -> int:
+        """Calls being served, streams until their end."""
+        return self._admission.in_flight
+
+    # --- calls --------------------------------------------------------------------------
+
+    async def chat(self, call: Call) -> chat_service_pb2.ChatResponse:
+        """The whole answer. Raises GatewayError."""
+
+        async def fetch(attempt: Attempt) -> chat_service_pb2.ChatResponse:
+            plan = attempt.plan
+            response = await plan.pool.client.fetch(plan.encoded, attempt.lease, attempt.progress)
+            self._fill(response.header, call, attempt)
+            for choice in response.choices:
+                at = cut_at(choice.message.content, plan.encoded.stop)
+                if at is not None:
+                    choice.message.content = choice.message.content[:at]
+            if response.HasField("usage"):
+                attempt.progress.usage = response.usage
+            return response
+
+        async with self._admitted(call):
+            return await self._answer(call, fetch)
+
+    async def stream(
+        self, call: Call, write: Write, *, cumulative: bool = False, max_delay: float = 0.0
+    ) -> None:
+        """Writes the answer's events as they arrive. Raises GatewayError; returning means OK."""
+        outbox = Outbox(
+            write,
+            cumulative=cumulative,
+            max_delay=max_delay,
+            write_timeout=self._config.timeouts.write,
+            started=call.started,
+            now=self._now,
+            heartbeat=self._heartbeat,
+        )
+
+        async def relay(attempt: Attempt) -> None:
+            attempt.outbox = outbox
+            plan = attempt.plan
+            stops = StopFilter(plan.encoded.stop)
+            async with plan.pool.client.open(
+                plan.encoded, attempt.lease, attempt.progress
+            ) as answer:
+                try:
+                    while (events := await answer.read(outbox.wake_at)) is not None:
+                        if not events:
+                            await outbox.tick()
+                            continue
+                        if events[0].WhichOneof("event") == "header":
+                            self._fill(events[0].header, call, attempt)
+                            # What waits on a probe waits no more.
+                            self._accepted(attempt)
+                            plan.pool.look()
+                        await outbox.send(stops.apply(events))
+                    tail = answer.finish()
+                    if tail[0].WhichOneof("event") == "header":
+                        self._fill(tail[0].header, call, attempt)
+                    await outbox.finish(stops.apply(tail))
+                finally:
+                    call.usage = attempt.progress.usage = answer.usage
+
+        try:
+            async with self._admitted(call):
+                await self._answer(call, relay, outbox)
+        except GatewayError as error:
+            if outbox.committed:
+                call.usage = call.usage or estimate(call.chat, outbox.delivered_bytes)
+                error.metadata = {**error.metadata, **_usage_facts(call.usage)}
+                if error.reason == error_reason_pb2.ERROR_REASON_UPSTREAM_TIMEOUT:
+                    error.reason = error_reason_pb2.ERROR_REASON_UPSTREAM_STREAM_INTERRUPTED
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(max(_LAST_WORDS, call.deadline - self._now())):
+                        await outbox.fail(error)
+            raise
+        finally:
+            if outbox.committed:
+                call.usage = call.usage or estimate(call.chat, outbox.delivered_bytes)
+
+    async def models(self, call: Call) -> list[model_service_pb2.Model]:
+        """Configured models, then what the pass-through upstream says it serves."""
+        models = [self._describe(model) for model in self._config.models]
+        upstream = self._passthrough
+        if upstream is None:
+            return models
+        pool = self._pools[upstream.name]
+
+        async def ask(attempt: Attempt) -> list[model_service_pb2.Model]:
+            return await pool.client.models(attempt.lease, attempt.progress)
+
+        plan = Plan(Route(upstream, None, ""), pool, Encoded("/models", b""))
+        try:
+            async with self._admitted(call):
+                listed = await self._held(call, plan, ask)
+        except GatewayError as error:
+            if error.reason not in _NO_LIST:
+                raise
+            listed = []
+        known = set(self._models)
+        for model in listed:
+            if model.name not in known:
+                model.upstream = upstream.name
+                models.append(model)
+        return models
+
+    @asynccontextmanager
+    async def _admitted(self, call: Call) -> AsyncIterator[None]:
+        """Refuses calls while draining; ends the call at its deadline, whatever it is doing; adds
+        to what went wrong what was tried."""
+        if not call.accepted:
+            self.refuse_if_draining()
+        seconds = call.deadline - self._now()
+        if seconds <= 0:
+            raise self._out_of_time(call)
+        timer = asyncio.timeout(seconds)
+        try:
+            async with timer:
+                yield
+        except GatewayError as error:
+            error.metadata = {**error.metadata, **_trail(call)}
+            raise
+        except TimeoutError:
+            if not timer.expired():
+                raise
+            raise self._out_of_time(call) from None
+
+    def refuse_if_draining(self) -> None:
+        """Raises GATEWAY_DRAINING once this instance takes nothing new."""
+        if self.draining:
+            raise GatewayError(
+                error_reason_pb2.ERROR_REASON_GATEWAY_DRAINING,
+                "this gateway is shutting down",
+                retry_after=0.0,
+                retry_helps=True,
+            )
+
+    def _out_of_time(self, call: Call) -> GatewayError:
+        metadata = _trail(call)
+        if call.deadline_is_callers:
+            return GatewayError(
+                error_reason_pb2.ERROR_REASON_DEADLINE_EXCEEDED,
+                "the caller's deadline passed",
+                metadata=metadata,
+            )
+        maximum = f"within the server's maximum of {self._config.timeouts.total:g} s"
+        if not call.attempts:  # no upstream is to blame
+            return GatewayError(
+                error_reason_pb2.ERROR_REASON_GATEWAY_OVERLOADED,
+                f"no turn {maximum}",
+                retry_after=FIRST_COOLDOWN,
+                retry_helps=True,
+                metadata=metadata,
+            )
+        return GatewayError(
+            error_reason_pb2.ERROR_REASON_UPSTREAM_TIMEOUT,
+            f"no complete answer {maximum}",
+            metadata={"upstream": call.attempts[-1].upstream, **metadata},
+        )
+
+    def route(self, name: str) -> Route:
+        """Where a model's name leads. Raises MODEL_NOT_FOUND."""
+        model = self._models.get(name)
+        if model is not None:
+            return Route(self._pools[model.upstream].upstream, model, model.upstream_model)
+        if self._passthrough is not None:
+            return Route(self._passthrough, None, name)
+        raise GatewayError(
+            error_reason_pb2.ERROR_REASON_MODEL_NOT_FOUND,
+            f"no model {name[:80]!r} is configured, and no upstream passes names through",
+            resource=("model", name[:200]),
+        )
+
+    def configured(self, name: str) -> model_service_pb2.Model | None:
+        """The configured model of this name or alias."""
+        model = self._models.get(name)
+        return None if model is None else self._describe(model)
+
+    def _describe(self, model: Model) -> model_service_pb2.Model:
+        return model_service_pb2.Model(
+            name=model.name,
+            aliases=model.aliases,
+            upstream=model.upstream,
+            upstream_model=model.upstream_model,
+            context_window_tokens=model.context_window_tokens or 0,
+            max_completion_tokens=model.max_completion_tokens or 0,
+            capabilities=model.capabilities,
+            tokenizer=model.tokenizer or "",
+        )
+
+    # --- attempts -----------------------------------------------------------------------
+
+    async def _answer(
+        self, call: Call, use: Callable[[Attempt], Awaitable[T]], outbox: Outbox | None = None
+    ) -> T:
+        """Asks the model's upstream, then those of its fallbacks, until one answers; if none does,
+        the caller hears of the model it asked for. `outbox`: where a stream goes."""
+        route = self.route(call.chat.model)
+        names = route.model.fallbacks if route.model is not None else ()
+        errors: list[GatewayError] = []
+        for name in (call.chat.model, *names):
+            try:
+                plan = self._plan(call, self.route(name), stream=outbox is not None)
+                return await self._held(call, plan, use)
+            except GatewayError as error:
+                passing = _FALL_OVER | _UNSUITED if errors else _FALL_OVER
+                if error.reason not in passing or (outbox is not None and outbox.committed):
+                    raise
+                errors.append(error)
+        raise errors[0]
+
+    def _plan(self, call: Call, route: Route, *, stream: bool) -> Plan:
+        pool = self._pools[route.upstream.name]
+        return Plan(route, pool, pool.client.dialect.encode(call.chat, route, stream=stream))
+
+    async def _held(self, call: Call, plan: Plan, use: Callable[[Attempt], Awaitable[T]]) -> T:
+        """Holds a slot of the upstream, then one of the gateway, while the plan is tried: who
+        waits for a slow upstream takes no slot from the others."""
+        try:
+            async with (
+                plan.pool.bulkhead.slot(call.deadline),
+                self._admission.slot(call.deadline),
+            ):
+                return await self._attempts(call, plan, use)
+        except FullError as full:
+            raise GatewayError(
+                error_reason_pb2.ERROR_REASON_GATEWAY_OVERLOADED,
+                "every slot and every place in the queue is taken",
+                retry_after=full.retry_after,
+                retry_helps=True,
+            ) from None
+
+    async def _attempts(self, call: Call, plan: Plan, use: Callable[[Attempt], Awaitable[T]]) -> T:
+        """Calls `use` until it answers or the verdict table, the budget or time says no."""
+        self._budget.deposit()
+        pool, route = plan.pool, plan.route
+        seen: Counter[Fault] = Counter()
+        last: UpstreamFault | None = None
+        while True:
+            lease = await self._lease(call, plan, last)
+            record = chat_service_pb2.UpstreamAttempt(
+                upstream=pool.upstream.name, key_id=lease.key.id
+            )
+            call.attempts.append(record)
+            attempt = Attempt(plan, lease, Progress(), self._now(), record)
+            try:
+                answer = await use(attempt)
+                self._succeeded(call, attempt)
+                return answer
+            except UpstreamFault as fault:
+                scrub = Scrubber(key.secret for key in (*pool.ring.keys, lease.key))
+                fault.message = scrub(fault.message)
+                fault.code = printable(scrub(fault.code))[:64]
+                fault.param = scrub(fault.param)
+                # What HTTP said, whatever an error inside a 200 says of itself.
+                fault.http_status = attempt.progress.http_status or fault.http_status
+                pool.ring.fail(lease, fault, self._now())
+                self._failed(call, attempt, fault)
+                if attempt.committed:
+                    raise self._interrupted(call, attempt, fault) from None
+                last = fault
+                seen[fault.fault] += 1
+                delay = self._delay(call, pool, route, fault, seen)
+            except BaseException:
+                self._observe(call, attempt, ABANDONED)
+                raise
+            finally:
+                try:
+                    self._settle(call, attempt)
+                finally:
+                    pool.release(lease)
+            if delay > 0:
+                await self._sleep(delay)
+
+    def _delay(
+        self, call: Call, pool: Pool, route: Route, fault: UpstreamFault, seen: Counter[Fault]
+    ) -> float:
+        """Seconds until the next attempt, or the error that says why there is none."""
+        action = VERDICTS[fault.fault].request
+        give_up = self._error(call, pool, route, fault)
+        if fault.should_retry is False:
+            raise give_up
+        if action is RequestAction.FAIL and not fault.should_retry:
+            raise give_up
+        if action is RequestAction.ONCE_MORE and seen[fault.fault] > 1:
+            raise give_up
+        if fault.fault is Fault.STALE_CONNECTION:
+            return 0.0  # nothing reached the upstream: neither an attempt nor a retry
+        if sum(seen.values()) - seen[Fault.STALE_CONNECTION] >= self._config.retries.max_attempts:
+            raise give_up
+        if action is RequestAction.OTHER_KEY:
+            delay = 0.0  # the key ring says when the next key is ready
+        else:
+            delay = self._backoff.delay(seen[fault.fault])
+            if fault.retry_after is not None:
+                delay = max(delay, give_up.retry_after or 0.0)
+        if self._now() + delay >= call.deadline:
+            give_up.retry_helps = fault.retry_after is not None  # a caller with more time may wait
+            raise give_up
+        if not self._budget.withdraw():
+            raise give_up
+        return delay
+
+    async def _lease(self, call: Call, plan: Plan, last: UpstreamFault | None) -> Lease:
+        """A key, waiting for the soonest one if the deadline allows it."""
+        pool, chat = plan.pool, call.chat
+        cost = 0
+        if pool.ring.counts_tokens:
+            choices = max(1, chat.params.choice_count)
+            cost = estimate(chat, 0).prompt_tokens + plan.encoded.max_completion_tokens * choices
+        found = await pool.lease(
+            plan.route.model_name, call.deadline, sticky=chat.prompt_cache_key, tokens=cost
+        )
+        if isinstance(found, Lease):
+            return found
+        raise self._no_key(call, pool, plan.route, found, last)
+
+    # --- errors -------------------------------------------------------------------------
+
+    def _error(self, call: Call, pool: Pool, route: Route, fault: UpstreamFault) -> GatewayError:
+        """What the caller hears when this fault ends the request."""
+        name = pool.upstream.name
+        reason = VERDICTS[fault.fault].reason
+        message = f"upstream {name}: {SAYINGS[fault.fault]}"
+        if fault.message and fault.fault not in _OWN_WORDS:
+            message += f": {fault.message}"
+        error = GatewayError(
+            reason,
+            printable(message),
+            retry_after=self._retry_after(fault),
+            metadata=self._metadata(call, pool, fault),
+        )
+        if fault.fault is Fault.MODEL_NOT_FOUND:
+            if route.model is not None and route.model_name != call.chat.model:
+                # The caller's name is right; it is the configuration that leads nowhere.
+                error.reason = error_reason_pb2.ERROR_REASON_UPSTREAM_ERROR
+            else:
+                error.resource = ("model", call.chat.model[:200])
+        elif fault.fault is Fault.REFUSED and fault.param:
+            path = _PARAM_PATHS.get(fault.param, fault.param)
+            if path in chat_pb2.GenerationParams.DESCRIPTOR.fields_by_name:
+                path = f"params.{path}"
+            error.violations = (Violation(printable(path)[:100], printable(fault.message)),)
+        elif fault.fault in (Fault.RATE_LIMITED, Fault.QUOTA_EXHAUSTED, Fault.CREDIT_TOO_SMALL):
+            error.quota = (f"upstream:{name}", SAYINGS[fault.fault])
+        return error
+
+    def _retry_after(self, fault: UpstreamFault) -> float | None:
+        """What the upstream asked for; where it must be told and was not, the ring's own."""
+        if fault.retry_after is None and fault.fault in (Fault.RATE_LIMITED, Fault.OVERLOADED):
+            return FIRST_COOLDOWN
+        if fault.retry_after is not None and fault.fault is Fault.OVERLOADED:
+            return min(fault.retry_after, STATED_OVERLOAD_CAP)  # after that, a probe asks
+        return fault.retry_after
+
+    def _interrupted(self, call: Call, attempt: Attempt, fault: UpstreamFault) -> GatewayError:
+        """After the commit every fault is this one: what was sent is a prefix, not the answer."""
+        pool = attempt.plan.pool
+        message = f"upstream {pool.upstream.name}: the stream ended early: {SAYINGS[fault.fault]}"
+        if fault.message and fault.fault not in _OWN_WORDS:
+            message += f": {fault.message}"
+        return GatewayError(
+            error_reason_pb2.ERROR_REASON_UPSTREAM_STREAM_INTERRUPTED,
+            printable(message),
+            metadata=self._metadata(call, pool, fault),
+        )
+
+    def _no_key(
+        self, call: Call, pool: Pool, route: Route, found: Unavailable, last: UpstreamFault | None
+    ) -> GatewayError:
+        """No key can serve before the deadline."""
+        closed_by = found.fault or Fault.KEY_REJECTED
+        fault = UpstreamFault(closed_by)
+        if last is not None and last.fault is closed_by:
+            fault = last
+        error = self._error(call, pool, route, fault)
+        if found.until < math.inf and closed_by in (Fault.RATE_LIMITED, Fault.OVERLOADED):
+            error.retry_after = max(0.0, found.until - self._now())
+            error.retry_helps = True
+        return error
+
+    def _metadata(self, call: Call, pool: Pool, fault: UpstreamFault) -> dict[str, str]:
+        metadata = {"upstream": pool.upstream.name, "attempts": str(len(call.attempts))}
+        if fault.http_status:
+            metadata["upstreamStatus"] = str(fault.http_status)
+        if fault.code:
+            metadata["upstreamCode"] = fault.code
+        return {**metadata, **fault.facts}
+
+    # --- records ------------------------------------------------------------------------
+
+    def _fill(self, header: chat_service_pb2.ResponseHeader, call: Call, attempt: Attempt) -> None:
+        """What the gateway knows about the answer, beside what the upstream said."""
+        plan = attempt.plan
+        header.model = header.model or plan.route.model_name
+        header.upstream = plan.route.upstream.name
+        header.max_completion_tokens = plan.encoded.max_completion_tokens
+        header.dropped_parameters.extend(plan.encoded.dropped)
+        seconds = max(0.0, attempt.progress.first_byte_at - attempt.started)
+        attempt.record.http_status = attempt.progress.http_status
+        attempt.record.duration.FromNanoseconds(int(seconds * 1e9))
+        header.attempts.extend(call.attempts)
+
+    def _accepted(self, attempt: Attempt) -> None:
+        """The upstream answers this request, though its stream may go on for long."""
+        if attempt.accepted:
+            return
+        attempt.accepted = True
+        ring = attempt.plan.pool.ring
+        ring.succeed(attempt.lease)
+        if attempt.progress.remaining_requests is not None:
+            ring.remaining(attempt.lease, attempt.progress.remaining_requests, self._now())
+
+    def _succeeded(self, call: Call, attempt: Attempt) -> None:
+        self._accepted(attempt)
+        call.usage = attempt.progress.usage
+        self._observe(call, attempt)
+
+    def _settle(self, call: Call, attempt: Attempt) -> None:
+        """Corrects what the request was expected to cost, where that is known."""
+        ring, usage = attempt.plan.pool.ring, attempt.progress.usage
+        if usage is None and attempt.outbox is not None and attempt.committed:
+            usage = estimate(call.chat, attempt.outbox.delivered_bytes)
+        if usage is not None:
+            ring.settle(attempt.lease, usage.total_tokens)
+        elif attempt.progress.http_status >= 400:
+            ring.settle(attempt.lease, 0)  # it was refused
+
+    def _failed(self, call: Call, attempt: Attempt, fault: UpstreamFault) -> None:
+        attempt.record.http_status = fault.http_status
+        attempt.record.error_reason = VERDICTS[fault.fault].reason
+        seconds = self._now() - attempt.started
+        attempt.record.duration.FromNanoseconds(int(seconds * 1e9))
+        self._observe(call, attempt, fault.fault.value, fault.code)
+
+    def _observe(self, call: Call, attempt: Attempt, fault: str = "", code: str = "") -> None:
+        self._observer.attempt(
+            AttemptEvent(
+                call.request_id,
+                attempt.record.upstream,
+                attempt.plan.route.model_name,
+                attempt.record.key_id,
+                attempt.record.http_status or attempt.progress.http_status,
+                fault,
+                code,
+                self._now() - attempt.started,
+            )
+        )
+
+
+def estimate(chat: chat_service_pb2.ChatRequest, delivered_bytes: int) -> chat_pb2.Usage:
+    """Usage of an answer whose upstream never said it: by bytes of text, marked as estimated.
+    Four bytes a token is OpenAI's own rule of thumb for English; it is near for others."""
+    texts, overhead = layout(chat)
+    prompt = overhead + sum(len(text.encode()) for text in texts) // _BYTES_PER_TOKEN
+    completion = -(-delivered_bytes // _BYTES_PER_TOKEN)
+    return chat_pb2.Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        estimated=True,
+    )
+
+
+def printable(text: str) -> str:
+    """`text` as a status message can carry it: one line, no control characters, not too long."""
+    text = "".join(c if c.isprintable() else " " for c in text[: 4 * MESSAGE_CHARACTERS])
+    text = " ".join(text.split())
+    short = text[:MESSAGE_CHARACTERS].encode()[:MESSAGE_BYTES].decode(errors="ignore")
+    return text if short == text else short[:-1] + "\u2026"
+
+
+def _usage_facts(usage: chat_pb2.Usage) -> dict[str, str]:
+    return {
+        "promptTokens": str(usage.prompt_tokens),
+        "completionTokens": str(usage.completion_tokens),
+        "usageEstimated": "true" if usage.estimated else "false",
+    }
+
+
+def _trail(call: Call) -> dict[str, str]:
+    """How many attempts there were, and what became of the latest ones, as many as fit."""
+    facts = {"attempts": str(len(call.attempts))}
+    trail = ""
+    for attempt in reversed(call.attempts):
+        status = f" {attempt.http_status}" if attempt.http_status else ""
+        reason = error_reason_pb2.ErrorReason.Name(attempt.error_reason)
+        ended = reason.removeprefix("ERROR_REASON_") if attempt.error_reason else "unfinished"
+        step = f"{attempt.upstream}/{attempt.key_id}{status} {ended}"
+        if len(trail) + len(step) > TRAIL_CHARACTERS - 2 * len(_MORE):
+            trail = _MORE + trail
+            break
+        trail = f"{step}, {trail}" if trail else step
+    return {**facts, "trail": trail} if trail else facts
+
+
+# What each fault is called towards callers.
+SAYINGS: Mapping[Fault, str] = {
+    Fault.KEY_REJECTED: "it rejected every key it was offered",
+    Fault.ACCOUNT_DEAD: "the account of every key is deactivated",
+    Fault.ACCESS_DENIED: "it denied access to every key",
+    Fault.RATE_LIMITED: "every key is rate limited",
+    Fault.QUOTA_EXHAUSTED: "every key is out of credit",
+    Fault.CREDIT_TOO_SMALL: "the credit left does not cover a request of this size",
+    Fault.OVER_TIER: "one request of this size exceeds the account's whole rate",
+    Fault.OVERLOADED: "it is overloaded",
+    Fault.SERVER_ERROR: "it failed",
+    Fault.UNREACHABLE: "it cannot be reached",
+    Fault.STALE_CONNECTION: "it closed the connection",
+    Fault.TIMEOUT: "it was too slow",
+    Fault.CONTEXT_TOO_LONG: "the prompt and the reserved output exceed the context window",
+    Fault.CONTENT_FILTERED: "its content filter refused the prompt",
+    Fault.MODEL_NOT_FOUND: "it does not serve this model",
+    Fault.REFUSED: "it refused the request",
+    Fault.OUTPUT_INVALID: "the model broke the format that was asked for",
+    Fault.TOO_LARGE: "the request is too large for it",
+    Fault.PROTOCOL: "its answer is not a chat completion",
+    Fault.TRUNCATED: "its answer is incomplete",
+}
+
+# Errors that another model's upstream may not share. A caller's own mistake is none of them.
+_FALL_OVER = frozenset(
+    {
+        error_reason_pb2.ERROR_REASON_RATE_LIMITED,
+        error_reason_pb2.ERROR_REASON_UPSTREAM_QUOTA_EXHAUSTED,
+        error_reason_pb2.ERROR_REASON_UPSTREAM_CREDENTIALS_REJECTED,
+        error_reason_pb2.ERROR_REASON_UPSTREAM_ACCESS_DENIED,
+        error_reason_pb2.ERROR_REASON_UPSTREAM_UNREACHABLE,
+        error_reason_pb2.ERROR_REASON_UPSTREAM_TIMEOUT,
+        error_reason_pb2.ERROR_REASON_UPSTREAM_OVERLOADED,
+        error_reason_pb2.ERROR_REASON_UPSTREAM_ERROR,
+        error_reason_pb2.ERROR_REASON_UPSTREAM_PROTOCOL_ERROR,
+        error_reason_pb2.ERROR_REASON_MODEL_NOT_FOUND,  # configured here, unknown there
+        error_reason_pb2.ERROR_REASON_GATEWAY_OVERLOADED,
+    }
+)
+
+# What a fallback may object to in a request that suits the model it was made for.
+_UNSUITED = frozenset(
+    {
+        error_reason_pb2.ERROR_REASON_INVALID_REQUEST,
+        error_reason_pb2.ERROR_REASON_UNSUPPORTED_PARAMETER,
+        error_reason_pb2.ERROR_REASON_UNKNOWN_ROLE,
+        error_reason_pb2.ERROR_REASON_CONTEXT_LENGTH_EXCEEDED,
+        error_reason_pb2.ERROR_REASON_REQUEST_TOO_LARGE,
+    }
+)
+
+# Faults whose upstream text is never passed on: it may name keys, organizations or accounts.
+_OWN_WORDS = frozenset(
+    {
+        Fault.KEY_REJECTED,
+        Fault.ACCOUNT_DEAD,
+        Fault.ACCESS_DENIED,
+        Fault.RATE_LIMITED,
+        Fault.QUOTA_EXHAUSTED,
+        Fault.OVER_TIER,
+    }
+)

@@ -1,0 +1,325 @@
+"""What surrounds every RPC of the contract: request id, error boundary, access log.
+
+Nothing but a GatewayError's own text ever reaches a caller: any other exception becomes
+INTERNAL with a request id, and its traceback goes to the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2
+
+from tokenwire.v1 import chat_pb2, error_reason_pb2
+from tokenwire_service.errors import GatewayError, Violation, invalid
+from tokenwire_service.gateway import printable
+from tokenwire_service.telemetry import CallEvent, Observer
+
+_PREFIX = "/tokenwire.v1."
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_MOMENT = 0.05  # seconds
+_MAX_DETAIL_BYTES = 2048  # trailers beyond about 8 kB turn into RESOURCE_EXHAUSTED
+_MAX_FIELD_BYTES = 100
+_MAX_DESCRIPTION_BYTES = 1000
+_MAX_RETRY_SECONDS = 31_622_400.0  # a year: no provider means more
+_MAX_PUSHBACK_MS = 2**31 - 1  # clients read a signed 32-bit number
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
+Handler = Callable[[Any, Any], Awaitable[Any]]
+Read = Callable[[bytes], Message]
+
+
+class CallContext:
+    """What the servicer sees of one RPC."""
+
+    def __init__(
+        self, context: Context, request_id: str, started: float, max_message_bytes: int
+    ) -> None:
+        self._context = context
+        self._max_message_bytes = max_message_bytes
+        self.request_id = request_id
+        self.started = started
+        self.labels: dict[str, str] = {}
+        self.model = ""  # filled by the servicer, for the log
+        self.attempts = 0
+        self.usage = chat_pb2.Usage()  # summed over a batch
+
+    def account(self, attempts: int, usage: chat_pb2.Usage | None) -> None:
+        """Adds what one call of the RPC cost."""
+        self.attempts += attempts
+        if usage is not None:
+            self.usage.prompt_tokens += usage.prompt_tokens
+            self.usage.completion_tokens += usage.completion_tokens
+            self.usage.estimated |= usage.estimated
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the caller's deadline, None when there is none."""
+        return self._context.time_remaining()
+
+    async def write(self, message: Message) -> None:
+        """Sends one message of a stream; waits while the caller does not read.
+
+        Raises GatewayError: CANCELLED when the caller is gone, REQUEST_TOO_LARGE.
+        """
+        packed = self.pack(message)
+        try:
+            await self._context.write(packed)
+        except grpc.aio.BaseError:
+            # A caller that leaves fails the write a moment before gRPC cancels this task.
+            raise GatewayError(
+                error_reason_pb2.ERROR_REASON_CANCELLED, "the caller no longer reads"
+            ) from None
+
+    def pack(self, message: Message) -> bytes:
+        """The message as it is sent. Raises REQUEST_TOO_LARGE, which gRPC would say without
+        details, and to nobody but the caller."""
+        packed = message.SerializeToString()
+        if len(packed) > self._max_message_bytes:
+            raise GatewayError(
+                error_reason_pb2.ERROR_REASON_REQUEST_TOO_LARGE,
+                f"the answer takes {len(packed)} bytes, more than the {self._max_message_bytes} "
+                "that one message may have here",
+            )
+        return packed
+
+
+class Boundary(grpc.aio.ServerInterceptor):
+    """Wraps every handler of tokenwire.v1; health and reflection pass untouched.
+
+    Messages pass gRPC as bytes: what cannot be read or is too large to send is then an error
+    like any other, with details.
+    """
+
+    def __init__(
+        self,
+        observer: Observer,
+        logger: logging.Logger,
+        max_message_bytes: int,
+        *,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._observer = observer
+        self._logger = logger
+        self._max_message_bytes = max_message_bytes
+        self._now = now
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def idle(self) -> None:
+        """Returns once no RPC of tokenwire.v1 runs, their statuses sent."""
+        await self._idle.wait()
+
+    async def intercept_service(
+        self,
+        continuation: Continuation,
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """The wrapped handler."""
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(_PREFIX):
+            return handler
+        method = handler_call_details.method
+        request_id = _request_id(handler_call_details.invocation_metadata)
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                self._wrap(handler.unary_stream, handler.request_deserializer, method, request_id)
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            self._wrap(handler.unary_unary, handler.request_deserializer, method, request_id)
+        )
+
+    def _wrap(self, handler: Handler, read: Read, method: str, request_id: str) -> Handler:
+        # Any: grpc types handlers as sync ones, or as generators.
+        async def wrapped(request: Any, context: Context) -> Any:
+            call = CallContext(context, request_id, self._now(), self._max_message_bytes)
+            self._began(context)
+            context.set_trailing_metadata((("x-request-id", request_id),))
+            answer = None
+            error: GatewayError | None = None
+            try:
+                message = await handler(_parsed(read, request), call)
+                if message is not None:  # streams have written theirs
+                    answer = call.pack(message)
+            except GatewayError as failure:
+                error = failure
+            except asyncio.CancelledError:
+                if callers_cancel():
+                    self._gone(call, method)
+                    raise
+                # A stray one, of a future somebody cancelled: gRPC would send no status at all.
+                error = self._defect(call, method)
+            except (KeyboardInterrupt, SystemExit, GeneratorExit):
+                raise
+            except BaseException:  # noqa: BLE001  # any other, too, would leave the caller without a status
+                error = self._defect(call, method)
+            if error is not None:
+                await self._fail(call, method, context, error)
+            self._ended(call, method, "OK", "", "")
+            return answer
+
+        return wrapped
+
+    async def _fail(
+        self, call: CallContext, method: str, context: Context, error: GatewayError
+    ) -> NoReturn:
+        if error.reason == error_reason_pb2.ERROR_REASON_CANCELLED:
+            self._gone(call, method)
+            raise asyncio.CancelledError
+        status = _CODES[error.code]
+        self._ended(call, method, status.name, error.reason_name, error.message)
+        try:
+            await context.abort(status, printable(error.message), trailers(error, call.request_id))
+        except (grpc.aio.InternalError, grpc.aio.UsageError):
+            raise asyncio.CancelledError from None  # nobody is there to hear it
+
+    def _began(self, context: Context) -> None:
+        self._running += 1
+        self._idle.clear()
+        context.add_done_callback(self._done)  # type: ignore[arg-type]  # the stubs want their class
+
+    def _done(self, _context: Context) -> None:
+        self._running -= 1
+        if not self._running:
+            self._idle.set()
+
+    def _gone(self, call: CallContext, method: str) -> None:
+        # At its deadline a caller resets the stream, often a moment before our own timer.
+        remaining = call.time_remaining()
+        late = remaining is not None and remaining < _MOMENT
+        code = "DEADLINE_EXCEEDED" if late else "CANCELLED"
+        self._ended(call, method, code, code, "the caller no longer waits")
+
+    def _defect(self, call: CallContext, method: str) -> GatewayError:
+        self._logger.exception(
+            "defect", extra={"fields": {"request_id": call.request_id, "method": method}}
+        )
+        return internal_error()
+
+    def _ended(self, call: CallContext, method: str, code: str, reason: str, message: str) -> None:
+        self._observer.call(
+            CallEvent(
+                call.request_id,
+                method.removeprefix("/"),
+                code,
+                reason,
+                message,
+                call.model,
+                call.attempts,
+                call.usage.prompt_tokens,
+                call.usage.completion_tokens,
+                call.usage.estimated,
+                self._now() - call.started,
+                call.labels,
+            )
+        )
+
+
+def callers_cancel() -> bool:
+    """Whether a CancelledError that is being handled is the caller's: this task was cancelled."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _parsed(read: Read, request: bytes) -> Message:
+    try:
+        return read(request)
+    except DecodeError:
+        raise invalid(
+            Violation("request", "not a message of this method, or text in it that is not UTF-8")
+        ) from None
+
+
+def internal_error() -> GatewayError:
+    """What a caller hears of a defect: nothing but where to look."""
+    return GatewayError(
+        error_reason_pb2.ERROR_REASON_INTERNAL,
+        "the gateway failed; its log tells more under this request id",
+    )
+
+
+def rpc_status(error: GatewayError, request_id: str) -> status_pb2.Status:
+    """The google.rpc.Status with every detail that fits."""
+    status = status_pb2.Status(code=error.code, message=printable(error.message))
+    info = error_details_pb2.ErrorInfo(
+        reason=error.reason_name,
+        domain="tokenwire",
+        metadata={"requestId": request_id, **error.metadata},
+    )
+    details: list[Message] = [info]
+    if error.retry_after is not None:
+        retry = error_details_pb2.RetryInfo()
+        seconds = min(max(0.0, error.retry_after), _MAX_RETRY_SECONDS)
+        retry.retry_delay.FromNanoseconds(math.ceil(seconds * 1e9))
+        details.append(retry)
+    if error.quota is not None:
+        quota = error_details_pb2.QuotaFailure()
+        quota.violations.add(subject=error.quota[0], description=error.quota[1])
+        details.append(quota)
+    if error.resource is not None:
+        details.append(
+            error_details_pb2.ResourceInfo(
+                resource_type=error.resource[0], resource_name=error.resource[1]
+            )
+        )
+    if error.violations:
+        details.insert(1, _bad_request(error.violations, _MAX_DETAIL_BYTES - _packed_size(details)))
+    for detail in details:
+        status.details.add().Pack(detail)
+    return status
+
+
+def _bad_request(violations: Sequence[Violation], room: int) -> error_details_pb2.BadRequest:
+    """The first violations, as many as fit."""
+    bad = error_details_pb2.BadRequest()
+    for violation in violations:
+        bad.field_violations.add(
+            field=_cut(printable(violation.field), _MAX_FIELD_BYTES),
+            description=_cut(printable(violation.description), _MAX_DESCRIPTION_BYTES),
+        )
+        if _packed_size([bad]) > room:
+            del bad.field_violations[-1]
+            break
+    return bad
+
+
+def _packed_size(details: Sequence[Message]) -> int:
+    status = status_pb2.Status()
+    for detail in details:
+        status.details.add().Pack(detail)
+    return int(status.ByteSize())
+
+
+def _cut(text: str, size: int) -> str:
+    """The start of `text` that takes at most `size` bytes of UTF-8."""
+    return text.encode()[:size].decode("utf-8", "ignore")
+
+
+def trailers(error: GatewayError, request_id: str) -> tuple[tuple[str, str | bytes], ...]:
+    """The trailing metadata of a failed call."""
+    helps = error.retry_helps and error.retry_after is not None
+    wait = min(max(0.0, error.retry_after or 0.0) * 1000, _MAX_PUSHBACK_MS)
+    pushback = str(math.ceil(wait)) if helps else "-1"
+    return (
+        ("grpc-status-details-bin", rpc_status(error, request_id).SerializeToString()),
+        ("grpc-retry-pushback-ms", pushback),
+        ("x-request-id", request_id),
+    )
+
+
+def _request_id(metadata: Any) -> str:
+    """The caller's x-request-id if it is fit to be logged and sent back, else a new one."""
+    for name, value in metadata or ():
+        if name == "x-request-id" and re.fullmatch(r"[!-~]{1,128}", str(value)):
+            return str(value)
+    return uuid.uuid4().hex

@@ -1,0 +1,269 @@
+"""The way out of one stream: the contract's order, coalescing, snapshots, heartbeats.
+
+What arrives from the upstream in one read leaves as few messages as it can: adjacent deltas of
+one choice are joined. While a message is being written nothing is read, so what piles up
+meanwhile comes as one read: the slower the caller, the larger the messages. There is no queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+from tokenwire.v1 import chat_pb2, chat_service_pb2, error_reason_pb2
+from tokenwire_service.errors import GatewayError
+
+StreamChatResponse = chat_service_pb2.StreamChatResponse
+Snapshot = chat_service_pb2.Snapshot
+Write = Callable[[StreamChatResponse], Awaitable[None]]
+
+# What is joined or held grows no further: a message must stay sendable, and memory bounded,
+# however much text comes at once. Half of the smallest limits.message_bytes.
+_JOIN_BYTES = 32 * 1024
+_HOLD_BYTES = 256 * 1024
+
+HEARTBEAT_SECONDS = 15.0  # of silence, after the first delta: see StreamChat in the contract
+
+
+class Outbox:
+    """Sends one answer to one caller. `committed` is true from the first message on.
+
+    A header alone is held back: it would commit the call though no text has come yet.
+    """
+
+    def __init__(
+        self,
+        write: Write,
+        *,
+        cumulative: bool,
+        max_delay: float,
+        started: float,
+        now: Callable[[], float],
+        write_timeout: float = math.inf,
+        heartbeat: float = HEARTBEAT_SECONDS,
+    ) -> None:
+        self._write = write
+        self._write_timeout = write_timeout
+        self._snapshots: dict[int, chat_pb2.ChatMessage] | None = {} if cumulative else None
+        self._max_delay = max_delay
+        self._started = started
+        self._now = now
+        self._heartbeat = heartbeat
+        self._writable = True  # not while a write is under way, nor after one that broke off
+        self._pending: list[StreamChatResponse] = []
+        self._joined_bytes = 0  # of the last one
+        self._held_bytes = 0  # of all, at most
+        self._flush_at = math.inf
+        self._written_at = math.inf
+        self.committed = False
+        self.delivered_bytes = 0  # of text, reasoning and tool calls, as UTF-8
+        self.first_delta_at: float | None = None
+
+    @property
+    def wake_at(self) -> float:
+        """When to call `tick` though nothing arrived."""
+        if not self.committed:
+            return self._flush_at
+        return min(self._flush_at, self._written_at + self._heartbeat)
+
+    async def send(self, events: Iterable[StreamChatResponse]) -> None:
+        """Takes what arrived; writes it now, or at most `max_delay` later."""
+        for event in events:
+            if event.WhichOneof("event") == "delta":
+                self.delivered_bytes += _text_bytes(event.delta)
+            self._queue(event)
+        if self.first_delta_at is None:
+            return
+        if self._max_delay <= 0 or not self.committed or self._held_bytes >= _HOLD_BYTES:
+            await self.flush()
+        elif self._pending and self._flush_at == math.inf:
+            self._flush_at = self._now() + self._max_delay
+
+    async def tick(self) -> None:
+        """Called at `wake_at`: flushes what is due, or beats once."""
+        if self._now() < self.wake_at:
+            return
+        if self._pending:
+            await self.flush()
+        else:
+            await self._put(StreamChatResponse())
+
+    async def finish(self, events: Iterable[StreamChatResponse]) -> None:
+        """The finishes and the trailer, after everything else."""
+        tail: list[StreamChatResponse] = []
+        for event in events:
+            kind = event.WhichOneof("event")
+            if kind not in ("finish", "trailer"):
+                self._queue(event)
+                continue
+            if kind == "finish" and self._snapshots is not None:
+                self._queue(self._snapshot(event.finish.choice_index, Snapshot.STATE_ENDED))
+            elif kind == "trailer" and self.first_delta_at is not None:
+                elapsed = max(0.0, self.first_delta_at - self._started)
+                event.trailer.time_to_first_token.FromNanoseconds(int(elapsed * 1e9))
+            tail.append(event)
+        self._pending += tail
+        await self.flush()
+
+    async def fail(self, error: GatewayError) -> None:
+        """In cumulative mode, the last snapshots carry the legacy error state. Only after the
+        commit: before it, the status alone speaks, so that the caller may still retry. Nor after
+        a write that the deadline or the caller broke off: gRPC takes no other until it is done."""
+        if not self._writable or not self.committed:
+            return
+        await self.flush()
+        if self._snapshots is None:
+            return
+        state = LEGACY_STATES.get(error.reason_name, Snapshot.STATE_SERVER_ERROR)
+        for index in sorted(self._snapshots):
+            await self._put(self._snapshot(index, state))
+
+    async def flush(self) -> None:
+        """Writes everything that is held."""
+        self._flush_at = math.inf
+        self._held_bytes = 0
+        pending, self._pending = self._pending, []
+        for message in pending:
+            await self._put(message)
+
+    async def _put(self, message: StreamChatResponse) -> None:
+        self.committed = True
+        self._writable = False
+        timer = asyncio.timeout(None if self._write_timeout == math.inf else self._write_timeout)
+        try:
+            async with timer:
+                await self._write(message)
+        except TimeoutError:
+            if not timer.expired():
+                raise
+            raise GatewayError(
+                error_reason_pb2.ERROR_REASON_CALLER_STALLED,
+                f"the caller read nothing for {self._write_timeout:g} s",
+            ) from None
+        self._writable = True
+        self._written_at = self._now()
+
+    def _queue(self, event: StreamChatResponse) -> None:
+        kind = event.WhichOneof("event")
+        if kind == "header":
+            self._pending = [event]  # any other is of an attempt that failed before its first text
+            return
+        if kind == "delta":
+            if self.first_delta_at is None:
+                self.first_delta_at = self._now()
+            if self._snapshots is not None:
+                index = event.delta.choice_index
+                append(self._snapshots.setdefault(index, _assistant()), event.delta)
+                event = self._snapshot(index, Snapshot.STATE_STREAMING)
+        size = event.ByteSize()
+        grows = event.HasField("delta")  # while a snapshot takes the place of the one before
+        room = not grows or self._joined_bytes + size <= _JOIN_BYTES
+        if self._pending and room and _join(self._pending[-1], event):
+            self._joined_bytes += size
+            self._held_bytes += size if grows else 0
+        else:
+            self._pending.append(event)
+            self._joined_bytes = size
+            self._held_bytes += size
+
+    def _snapshot(self, index: int, state: Snapshot.State.ValueType) -> StreamChatResponse:
+        assert self._snapshots is not None
+        message = self._snapshots.setdefault(index, _assistant())
+        return StreamChatResponse(
+            snapshot=Snapshot(state=state, choice_index=index, message=message)
+        )
+
+
+# Legacy integer states of lagent: OUT_OF_LIMIT -3, INVALID_ARG -4, CLOSED -2, else SERVER_ERR -1.
+LEGACY_STATES = {
+    "CONTEXT_LENGTH_EXCEEDED": Snapshot.STATE_OUT_OF_LIMIT,
+    "INVALID_REQUEST": Snapshot.STATE_INVALID_ARGUMENT,
+    "UNSUPPORTED_PARAMETER": Snapshot.STATE_INVALID_ARGUMENT,
+    "UNKNOWN_ROLE": Snapshot.STATE_INVALID_ARGUMENT,
+    "CANCELLED": Snapshot.STATE_CLOSED,
+    "DEADLINE_EXCEEDED": Snapshot.STATE_CLOSED,
+}
+
+
+def _assistant() -> chat_pb2.ChatMessage:
+    return chat_pb2.ChatMessage(role="assistant")
+
+
+def _text_bytes(delta: chat_service_pb2.Delta) -> int:
+    texts = [delta.content, delta.reasoning, delta.refusal]
+    for part in delta.tool_calls:
+        texts += [part.name, part.arguments]
+    return sum(len(text.encode()) for text in texts)
+
+
+def _join(last: StreamChatResponse, event: StreamChatResponse) -> bool:
+    """Makes one message of both where that says the same; extra_json cannot be appended."""
+    kind = last.WhichOneof("event")
+    if kind != event.WhichOneof("event"):
+        return False
+    if kind == "snapshot" and last.snapshot.choice_index == event.snapshot.choice_index:
+        last.CopyFrom(event)  # it says all of `last` and more
+        return True
+    if kind != "delta":
+        return False
+    into, delta = last.delta, event.delta
+    if into.choice_index != delta.choice_index or into.extra_json or delta.extra_json:
+        return False
+    into.content += delta.content
+    into.reasoning += delta.reasoning
+    into.refusal += delta.refusal
+    for part in delta.tool_calls:
+        if into.tool_calls and into.tool_calls[-1].index == part.index and not part.id + part.name:
+            into.tool_calls[-1].arguments += part.arguments
+        else:
+            into.tool_calls.append(part)
+    into.logprobs.extend(delta.logprobs)
+    into.annotations.extend(delta.annotations)
+    return True
+
+
+def append(message: chat_pb2.ChatMessage, delta: chat_service_pb2.Delta) -> None:
+    """Adds a delta to the message so far."""
+    if delta.content:
+        message.content += delta.content
+    if delta.reasoning:
+        message.reasoning += delta.reasoning
+    if delta.refusal:
+        message.refusal += delta.refusal
+    message.annotations.extend(delta.annotations)
+    if delta.extra_json:
+        message.extra_json = _grown(message.extra_json, delta.extra_json)
+    for part in delta.tool_calls:
+        while len(message.tool_calls) <= part.index:
+            message.tool_calls.add()
+        call = message.tool_calls[part.index]
+        call.id = call.id or part.id
+        if part.custom or call.HasField("custom"):
+            call.custom.name = call.custom.name or part.name
+            call.custom.input += part.arguments
+        else:
+            call.function.name = call.function.name or part.name
+            call.function.arguments_json += part.arguments
+
+
+def _grown(before: str, new: str) -> str:
+    """Unmodelled fields so far. They are a courtesy: what cannot be read must not cost the text."""
+    try:
+        return json.dumps(_added(json.loads(before or "{}"), json.loads(new)))
+    except (ValueError, RecursionError):
+        return before or new
+
+
+def _added(before: Any, new: Any) -> Any:
+    """As deltas mean it: texts and lists grow, objects merge, anything else is replaced."""
+    if isinstance(before, dict) and isinstance(new, dict):
+        shared = {name: _added(before[name], new[name]) for name in before.keys() & new.keys()}
+        return {**before, **new, **shared}
+    if isinstance(before, str) and isinstance(new, str):
+        return before + new
+    if isinstance(before, list) and isinstance(new, list):
+        return before + new
+    return new

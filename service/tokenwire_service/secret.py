@@ -1,0 +1,78 @@
+"""A text that never shows itself, nor in the texts of others."""
+
+import hmac
+import json
+from collections.abc import Iterable
+from typing import NoReturn, final
+
+
+@final
+class Secret:
+    """Key material that only `reveal()` turns back into text.
+
+    Its repr, str and format are the constant `Secret(***)`, whatever the format
+    specification. Equality compares in constant time; equal secrets hash alike, so that
+    they work as dict keys. Pickling and copying through pickle raise TypeError, and
+    serialisers such as msgspec refuse it as an unknown type.
+    """
+
+    __slots__ = ("__value",)
+
+    def __init__(self, value: str) -> None:
+        self.__value = value
+
+    def reveal(self) -> str:
+        """Return the text. Only for the header of one request to its upstream."""
+        return self.__value
+
+    def __repr__(self) -> str:
+        return "Secret(***)"
+
+    def __format__(self, format_spec: str) -> str:
+        return repr(self)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Secret):
+            return NotImplemented
+        # Bytes, because compare_digest refuses text outside ASCII.
+        return hmac.compare_digest(
+            self.__value.encode("utf-8", "surrogatepass"),
+            other.__value.encode("utf-8", "surrogatepass"),
+        )
+
+    def __hash__(self) -> int:
+        return hash((Secret, self.__value))
+
+    def __bool__(self) -> bool:
+        return bool(self.__value)
+
+    def __copy__(self) -> "Secret":
+        return self
+
+    def __deepcopy__(self, memo: object) -> "Secret":
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("a Secret cannot be pickled")
+
+
+class Scrubber:
+    """Replaces secrets in texts, also where these quote them as JSON or Python does.
+
+    Secrets of fewer than `shortest` characters are left alone.
+    """
+
+    def __init__(self, secrets: Iterable[Secret], shortest: int = 1) -> None:
+        forms: set[str] = set()
+        for secret in secrets:
+            text = secret.reveal()
+            if len(text) >= shortest:
+                forms |= {text, json.dumps(text)[1:-1], repr(text)[1:-1]}
+        # The longest first: a key may begin with another.
+        self._forms = sorted(forms, key=len, reverse=True)
+
+    def __call__(self, text: str) -> str:
+        """`text` with `***` in place of every secret."""
+        for form in self._forms:
+            text = text.replace(form, "***")
+        return text

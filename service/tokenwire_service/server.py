@@ -1,0 +1,278 @@
+"""The composition root: builds the graph, opens the port, drains. The only module that sees all."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from tokenwire.v1 import (
+    chat_service_pb2,
+    chat_service_pb2_grpc,
+    model_service_pb2,
+    model_service_pb2_grpc,
+    tokenizer_service_pb2,
+    tokenizer_service_pb2_grpc,
+)
+from tokenwire_service.admission import Admission
+from tokenwire_service.config import Config, Upstream
+from tokenwire_service.gateway import Gateway
+from tokenwire_service.interceptors import Boundary
+from tokenwire_service.keyring import KeyRing
+from tokenwire_service.pool import Pool
+from tokenwire_service.relay import HEARTBEAT_SECONDS
+from tokenwire_service.retry import Backoff
+from tokenwire_service.servicer import ChatServicer, ModelServicer, TokenizerServicer
+from tokenwire_service.telemetry import LogObserver, Observer
+from tokenwire_service.tokens import TokenCounter
+from tokenwire_service.upstream.client import UpstreamClient
+from tokenwire_service.upstream.dialect import Dialect
+from tokenwire_service.upstream.openai import OpenAI
+
+SERVICES = (
+    chat_service_pb2.DESCRIPTOR.services_by_name["ChatService"].full_name,
+    tokenizer_service_pb2.DESCRIPTOR.services_by_name["TokenizerService"].full_name,
+    model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+)
+
+DIALECTS: dict[str, type[Dialect]] = {"openai": OpenAI}
+
+# Why each: docs/architecture.md, "Transport".
+_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.so_reuseport", 0),  # else a second process binds the same port without a word
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 0),  # clients ping silent streams; that is no abuse
+    ("grpc.keepalive_time_ms", 60_000),  # notices callers that vanished without a word
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
+
+
+class ListenError(Exception):
+    """The port cannot be opened."""
+
+
+class ServerEndedError(Exception):
+    """The server stopped though nobody asked it to."""
+
+
+class Health(health.aio.HealthServicer):  # type: ignore[misc]  # no types are published for it
+    """grpc.health.v1 with List, which grpcio-health-checking has for sync servers only."""
+
+    async def List(  # noqa: N802  # the contract's name
+        self, request: health_pb2.HealthListRequest, context: Any
+    ) -> health_pb2.HealthListResponse:
+        """Every service at once."""
+        return health_pb2.HealthListResponse(
+            statuses={
+                name: health_pb2.HealthCheckResponse(status=status)
+                for name, status in self._server_status.items()
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Running:
+    """A gateway that serves. `address` is where, with the port that was really bound."""
+
+    address: str
+    gateway: Gateway
+    server: grpc.aio.Server
+    boundary: Boundary
+    health: Health
+    pools: Mapping[str, Pool]
+
+    @property
+    def leases(self) -> int:
+        """Key leases held now; 0 at rest."""
+        return sum(pool.ring.in_flight for pool in self.pools.values())
+
+    @property
+    def connections_busy(self) -> int:
+        """Upstream answers being read now; 0 at rest."""
+        return sum(pool.client.open_answers for pool in self.pools.values())
+
+
+@asynccontextmanager
+async def serving(
+    config: Config,
+    logger: logging.Logger,
+    *,
+    observer: Observer | None = None,
+    grace: float = 0.0,
+    heartbeat: float = HEARTBEAT_SECONDS,
+) -> AsyncIterator[Running]:
+    """Serves until left, then gives running calls `grace` seconds. `heartbeat`: seconds of
+    silence until a stream sends an empty message. Raises ListenError if the port cannot be
+    opened."""
+    async with AsyncExitStack() as stack:
+        observer = observer or LogObserver(logger)
+        pools: dict[str, Pool] = {}
+        for upstream in config.upstreams:
+            client = UpstreamClient(upstream, DIALECTS[upstream.dialect](), config.limits)
+            stack.push_async_callback(client.close)
+            pools[upstream.name] = Pool(client, KeyRing(upstream), _bulkhead(config, upstream))
+        retries = config.retries
+        gateway = Gateway(
+            config,
+            pools,
+            observer,
+            backoff=Backoff(retries.backoff, retries.backoff_cap),
+            heartbeat=heartbeat,
+        )
+        counter = TokenCounter(config.limits.tokenizer_bytes)
+        stack.callback(counter.close)
+        boundary = Boundary(observer, logger, config.limits.message_bytes)
+        server = grpc.aio.server(
+            interceptors=(boundary,),
+            options=(
+                *_OPTIONS,
+                ("grpc.max_receive_message_length", config.limits.message_bytes),
+                ("grpc.max_send_message_length", config.limits.message_bytes),
+            ),
+        )
+        # The boundary hands the servicers its own CallContext, which their types say.
+        chat_service_pb2_grpc.add_ChatServiceServicer_to_server(
+            ChatServicer(gateway, config, logger),  # type: ignore[arg-type]
+            server,
+        )
+        tokenizer_service_pb2_grpc.add_TokenizerServiceServicer_to_server(
+            TokenizerServicer(gateway, counter),  # type: ignore[arg-type]
+            server,
+        )
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(
+            ModelServicer(gateway, config),  # type: ignore[arg-type]
+            server,
+        )
+        health_servicer = Health()
+        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+        if config.reflection:
+            _add_reflection(server)
+        address = _listen(server, config.listen)
+        await server.start()
+        stack.push_async_callback(server.stop, grace)
+        for name in ("", *SERVICES):
+            await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+        yield Running(address, gateway, server, boundary, health_servicer, pools)
+
+
+async def serve_until_signalled(
+    config: Config, logger: logging.Logger, announce: Callable[[Running], None]
+) -> None:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once.
+
+    SIGTERM comes from a supervisor: NOT_SERVING at once, but new calls are still taken for
+    `drain.propagation` seconds, because endpoints learn of it only then; after that running
+    calls get `drain.grace` seconds. SIGINT comes from a person and skips the first wait.
+    Raises ServerEndedError if the server ends by itself, so that a supervisor restarts it.
+    """
+    signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    try:
+        async with serving(config, logger) as running:
+            announce(running)
+            ended = asyncio.ensure_future(running.server.wait_for_termination())
+            first = await _next(signals, {ended})
+            if first is None:
+                raise ServerEndedError("the gRPC server ended by itself")
+            fields = {"signal": first.name, "in_flight": running.gateway.in_flight}
+            logger.info("draining", extra={"fields": fields})
+            await running.health.enter_graceful_shutdown()
+            insisted = None
+            if first is signal.SIGTERM:
+                insisted = await _next(signals, {ended}, config.drain.propagation)
+            running.gateway.draining = True
+            if insisted is None:
+                stopping = asyncio.ensure_future(running.server.stop(config.drain.grace))
+                idle = asyncio.ensure_future(running.boundary.idle())
+                insisted = await _next(signals, {stopping, idle})
+                idle.cancel()
+            # Also what watches health or reflects, and would do so until the grace is over.
+            await running.server.stop(0)
+            await ended
+            logger.info("stopped", extra={"fields": {"cut_short": insisted is not None}})
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+async def _next(
+    signals: asyncio.Queue[signal.Signals],
+    ends: set[asyncio.Future[Any]],
+    seconds: float | None = None,
+) -> signal.Signals | None:
+    """The next signal; None if one of `ends` or the time came first."""
+    waiting = asyncio.ensure_future(signals.get())
+    done, _ = await asyncio.wait(
+        {waiting, *ends}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+    )
+    if waiting in done:
+        return waiting.result()
+    waiting.cancel()
+    return None
+
+
+def _bulkhead(config: Config, upstream: Upstream) -> Admission:
+    """The slots of one upstream: all of them, or three quarters where there are several."""
+    slots = config.limits.in_flight
+    if upstream.in_flight is not None:
+        slots = upstream.in_flight
+    elif len(config.upstreams) > 1:
+        slots = max(1, slots * 3 // 4)
+    return Admission(slots, config.limits.queue, time.monotonic)
+
+
+def _listen(server: grpc.aio.Server, listen: str) -> str:
+    """Opens the port; the address, with the number that was really bound for port 0."""
+    if listen.startswith("unix:") and _is_served(listen.removeprefix("unix:").removeprefix("//")):
+        raise ListenError(f"cannot listen on {listen}: another process serves there")
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        hint = "is it in use? --listen takes another"
+        raise ListenError(f"cannot listen on {listen}: {hint}") from error
+    host, colon, number = listen.rpartition(":")
+    return f"{host}:{port}" if colon and number == "0" else listen
+
+
+def _is_served(path: str) -> bool:
+    """Whether somebody listens on a unix socket: gRPC would take it away from them."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except BlockingIOError:
+            return True  # its queue is full
+        except OSError:
+            return False
+        return True
+
+
+def _add_reflection(server: grpc.aio.Server) -> None:
+    """v1alpha, and v1, whose messages are the same and which grpcio-reflection lacks."""
+    names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    handler = grpc.stream_stream_rpc_method_handler(
+        reflection.aio.ReflectionServicer(names).ServerReflectionInfo,
+        reflection_pb2.ServerReflectionRequest.FromString,
+        reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    server.add_generic_rpc_handlers(
+        (
+            grpc.method_handlers_generic_handler(
+                "grpc.reflection.v1.ServerReflection", {"ServerReflectionInfo": handler}
+            ),
+        )
+    )

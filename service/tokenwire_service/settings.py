@@ -1,0 +1,447 @@
+"""What can be configured: fields, units, ranges and defaults.
+
+Durations are seconds and sizes are bytes in here; the file writes them with a unit. Ranges
+are inclusive and stand in the types, where `typed_yaml` finds them, and defaults beside them.
+docs/configuration.md says the same for operators.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import msgspec
+from google.protobuf.descriptor import FieldDescriptor
+from msgspec import Meta, Struct, field
+
+from tokenwire.v1.chat_pb2 import GenerationParams, RoleTemplate
+from tokenwire_service.secret import Secret
+from tokenwire_service.typed_yaml import Field
+from tokenwire_service.validation import RANGES, Range
+
+OPENAI_BASE_URL = "https://api.openai.com/v1"
+# Parameters that api.openai.com refuses with 400; other hosts take what they take.
+OPENAI_UNSUPPORTED = frozenset({"top_k", "min_p", "repetition_penalty", "enable_thinking"})
+
+# Set per request by the gateway or by HTTP itself.
+_RESERVED_HEADERS = re.compile(
+    r"accept|accept-encoding|connection|content-.*|expect|host|keep-alive|openai-organization|"
+    r"te|trailer|transfer-encoding|upgrade|x-request-id",
+    re.IGNORECASE,
+)
+# Header values are shown in full where configuration is shown: credentials go into `keys`.
+_CREDENTIAL_HEADER = re.compile(r"auth|cookie|key|passw|secret|token", re.IGNORECASE)
+
+_SIZES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_DURATIONS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+# --- how values are written -------------------------------------------------------------
+
+
+def _whole(low: int, high: int) -> Meta:
+    return Meta(ge=low, le=high, description=f"a whole number from {low} to {high}")
+
+
+def _number(low: float, high: float) -> Meta:
+    return Meta(ge=low, le=high, description=f"a number from {low:g} to {high:g}")
+
+
+def _size(low: str, high: str) -> Meta:
+    return Meta(
+        ge=_parse_size(low),
+        le=_parse_size(high),
+        description=f"a size such as 32MiB, from {low} to {high}",
+        extra={"parse": _parse_size},
+    )
+
+
+def _duration(low: str, high: str) -> Meta:
+    return Meta(
+        ge=_parse_duration(low),
+        le=_parse_duration(high),
+        description=f"a duration such as 30s or 500ms, from {low} to {high}",
+        extra={"parse": _parse_duration},
+    )
+
+
+def _parse_size(value: object) -> Any:
+    if not isinstance(value, str):
+        return value  # a bare number is bytes
+    if match := re.fullmatch(r"(\d{1,18})(B|[KMG]iB)", value):
+        return int(match[1]) * _SIZES[match[2]]
+    raise ValueError(value)
+
+
+def _parse_duration(value: object) -> float:
+    number_unit = r"(\d+(?:\.\d+)?)(ms|s|m|h)"
+    if not isinstance(value, str) or not re.fullmatch(f"(?:{number_unit})+", value):
+        raise ValueError(value)  # a bare number is ambiguous: other tools mean ms
+    return sum(float(n) * _DURATIONS[unit] for n, unit in re.findall(number_unit, value))
+
+
+def _parse_url(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"https?://[!-~]+", value):
+        raise ValueError(value)
+    parts = urlsplit(value)  # ValueError: brackets that hold no address
+    # Seen in the text, because urlsplit drops an empty `?`, `#` or `@`.
+    if re.search(r"[?#@\\]", value) or not parts.hostname or parts.port == 0:
+        raise ValueError(value)
+    return value.rstrip("/")
+
+
+def _parse_listen(value: object) -> str:
+    if isinstance(value, str):
+        if re.fullmatch(r"unix:(//)?[^\s\0]{1,100}", value):
+            return value
+        match = re.fullmatch(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\]):(\d{1,5})", value, re.ASCII)
+        if match and int(match[1]) <= 65535:
+            return value
+    raise ValueError(value)
+
+
+def _parse_header_name(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}", value):
+        raise ValueError(value)
+    if _RESERVED_HEADERS.fullmatch(value) or _CREDENTIAL_HEADER.search(value):
+        raise ValueError(value)
+    return value
+
+
+def _parse_model_name(value: object) -> str:
+    if not isinstance(value, str) or not value.isprintable() or value != value.strip():
+        raise ValueError(value)
+    if not 1 <= len(value) <= 200:
+        raise ValueError(value)
+    return value
+
+
+Listen = Annotated[
+    str,
+    Meta(
+        description='host:port, "[::]:port" in quotes, or unix:/path',
+        extra={"parse": _parse_listen},
+    ),
+]
+Url = Annotated[
+    str,
+    Meta(
+        description="an absolute http or https URL without user name, query or fragment",
+        extra={"parse": _parse_url},
+    ),
+]
+# Names travel in gRPC metadata and metric labels.
+Name = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z",
+        description="a name of 1 to 63 letters, digits, dots, dashes or underscores",
+    ),
+]
+ModelName = Annotated[
+    str,
+    Meta(
+        description="a model name of 1 to 200 printable characters, in quotes if it looks like a "
+        "number or a date",
+        extra={"parse": _parse_model_name},
+    ),
+]
+HeaderName = Annotated[
+    str,
+    Meta(
+        description="a header name, neither set by the gateway nor for credentials",
+        extra={"parse": _parse_header_name},
+    ),
+]
+HeaderValue = Annotated[
+    str,
+    Meta(
+        pattern=r"^[!-~](?:[ -~]*[!-~])?\Z",
+        max_length=4096,
+        description="printable ASCII text, in quotes if it looks like a number",
+        extra={"hidden": True},
+    ),
+]
+EnvironmentName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*\Z",
+        description="the name of an environment variable (the key itself never stands here)",
+        extra={"hidden": True},
+    ),
+]
+Organization = Annotated[
+    str,
+    Meta(
+        pattern=r"^[!-+\--~]{1,200}\Z",  # visible ASCII without the comma
+        description="an organization: 1 to 200 visible ASCII characters",
+        extra={"hidden": True},
+    ),
+]
+Text = Annotated[str, Meta(min_length=1, description="text that is not empty")]
+Role = Annotated[str, Meta(min_length=1, description="a role as callers write it")]
+Internal = Meta(extra={"internal": True})  # filled in by `load`, not written in the file
+
+
+def _within(interval: Range) -> Meta:
+    def parse(value: object) -> object:
+        if value in interval:
+            return value
+        raise ValueError(value)
+
+    return Meta(description=f"a number in {interval}", extra={"parse": parse})
+
+
+def _parameter(field: FieldDescriptor) -> Any:
+    """Return the type of one field of GenerationParams, within the contract's range."""
+    name = f"GenerationParams.{field.name}"
+    match field.type:
+        case FieldDescriptor.TYPE_DOUBLE:
+            return Annotated[float, _within(RANGES[name])]
+        case FieldDescriptor.TYPE_INT32 | FieldDescriptor.TYPE_INT64:
+            most = 2 ** (31 if field.type == FieldDescriptor.TYPE_INT32 else 63) - 1
+            low, high, _ = RANGES.get(name, Range(-math.inf, math.inf))
+            return Annotated[int, _whole(int(max(low, -most - 1)), int(min(high, most)))]
+        case FieldDescriptor.TYPE_BOOL:
+            return bool
+        case FieldDescriptor.TYPE_STRING if field.is_repeated:
+            return Annotated[tuple[Text, ...], Meta(max_length=16)]
+        case FieldDescriptor.TYPE_STRING:
+            return Text
+        case _:  # a map from token id to a number
+            token = Annotated[int, _whole(0, 2**31 - 1)]
+            return Mapping[token, Annotated[float, _within(RANGES[name])]]
+
+
+PARAMETERS: Mapping[str, Field] = {
+    f.name: Field(_parameter(f), required=False) for f in GenerationParams.DESCRIPTOR.fields
+}
+_ROLE_TEMPLATE: Mapping[str, Field] = {
+    f.name: Field(Role if f.name == "role" else str, required=f.name == "role")
+    for f in RoleTemplate.DESCRIPTOR.fields
+}
+Parameter = Annotated[
+    str,
+    Meta(pattern=rf"^(?:{'|'.join(PARAMETERS)})\Z", description=f"one of {', '.join(PARAMETERS)}"),
+]
+
+# --- what is configured -----------------------------------------------------------------
+
+
+class Limits(Struct, frozen=True, kw_only=True):
+    """Bounds on what one instance holds at once."""
+
+    # One gRPC message, in either direction.
+    message_bytes: Annotated[int, _size("64KiB", "256MiB")] = 32 * 2**20
+    # Chats at once, streams until their end.
+    in_flight: Annotated[int, _whole(1, 100_000)] = 1000
+    # Chats that wait for a slot, at each upstream and at the gateway; the next one hears
+    # GATEWAY_OVERLOADED.
+    queue: Annotated[int, _whole(0, 100_000)] = 100
+    # Items of one batch at once, and what a caller gets who does not say.
+    batch_items_at_once: Annotated[int, _whole(1, 256)] = 20
+    # Text given to the tokenizer in one call, as UTF-8.
+    tokenizer_bytes: Annotated[int, _size("1KiB", "64MiB")] = 4 * 2**20
+    # One whole answer of an upstream that is not streamed, unpacked; or what a stream sends
+    # between two pieces of the answer.
+    upstream_answer_bytes: Annotated[int, _size("64KiB", "1GiB")] = 32 * 2**20
+    # One event of an upstream's stream.
+    upstream_event_bytes: Annotated[int, _size("64KiB", "256MiB")] = 8 * 2**20
+
+
+class Timeouts(Struct, frozen=True, kw_only=True):
+    """Timers of one call, seconds."""
+
+    # The whole call, where the caller set no deadline or a later one.
+    total: Annotated[float, _duration("1ms", "24h")] = 600.0
+    # One message to a caller who does not read.
+    write: Annotated[float, _duration("1ms", "24h")] = 60.0
+
+
+class Drain(Struct, frozen=True, kw_only=True):
+    """Leaving after SIGTERM, seconds."""
+
+    # Between reporting NOT_SERVING and closing the port: load balancers stop sending here.
+    propagation: Annotated[float, _duration("0s", "10m")] = 5.0
+    # After that, for calls in flight to end by themselves.
+    grace: Annotated[float, _duration("0s", "24h")] = 120.0
+
+
+class Log(Struct, frozen=True, kw_only=True):
+    """The log."""
+
+    # None: text on a terminal, json elsewhere.
+    format: Literal["text", "json"] | None = None
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Retries(Struct, frozen=True, kw_only=True):
+    """Trying again while nothing has been delivered."""
+
+    # Requests to one upstream for one call, the first one included; a fallback has as many of its
+    # own.
+    max_attempts: Annotated[int, _whole(1, 20)] = 5
+    # Before the first retry, seconds, without jitter; doubles for each one after.
+    backoff: Annotated[float, _duration("1ms", "1m")] = 0.25
+    # Where the doubling ends, seconds. At least `backoff`.
+    backoff_cap: Annotated[float, _duration("1ms", "10m")] = 8.0
+    # Retries as a share of calls.
+    budget: Annotated[float, _number(0, 1)] = 0.2
+    # Retries per 10 seconds allowed on top, for when there is little traffic.
+    budget_floor: Annotated[int, _whole(0, 1000)] = 10
+
+
+class UpstreamTimeouts(Struct, frozen=True, kw_only=True):
+    """Timers of one request to an upstream, seconds; each ends at the call's deadline too."""
+
+    # DNS, TCP and TLS together.
+    connect: Annotated[float, _duration("1ms", "10m")] = 5.0
+    # From the request sent to the first byte of the answer.
+    first_byte: Annotated[float, _duration("1ms", "24h")] = 120.0
+    # Between events of a stream; comments that keep it alive do not count.
+    idle: Annotated[float, _duration("1ms", "24h")] = 60.0
+
+
+class KeySource(Struct, frozen=True, kw_only=True):
+    """Where keys come from, as the file writes it: exactly one of `env` and `file`."""
+
+    # Environment variable; it may hold several keys, separated by commas or line breaks.
+    env: EnvironmentName | None = None
+    # Path, relative to the configuration file; one key on each line, `#` begins a comment.
+    file: (
+        Annotated[str, Meta(min_length=1, description="a path", extra={"hidden": True})] | None
+    ) = None
+    # Name in logs and answers; `-1`, `-2`, ... is appended where there are several keys.
+    # None: `key-` and 8 hex digits, a fingerprint.
+    id: Name | None = None
+    # Sent as OpenAI-Organization.
+    organization: Organization | None = None
+    # Share of the traffic, relative to the other keys of the upstream.
+    weight: Annotated[float, _number(0.01, 1000)] = 1.0
+    # Keys of one account share its limits. None: the organization, else each key by itself.
+    quota_group: Name | None = None
+    # Most requests of each key in any 60 seconds. None: no limit of ours.
+    requests_per_minute: Annotated[int, _whole(1, 1_000_000)] | None = None
+    # Most tokens of each key in any 60 seconds, prompt and answer, estimated before and corrected
+    # after each request. None: no limit of ours.
+    tokens_per_minute: Annotated[int, _whole(1, 1_000_000_000)] | None = None
+    # Most requests of each key at once. None: no limit of ours.
+    in_flight: Annotated[int, _whole(1, 100_000)] | None = None
+
+
+class OrganizationSource(Struct, frozen=True, kw_only=True):
+    """Organizations held by the environment."""
+
+    # Environment variable; it may hold several, separated by commas.
+    env: EnvironmentName
+
+
+class Key(Struct, frozen=True, kw_only=True):
+    """One credential of one upstream."""
+
+    id: str  # unique in its upstream; stands for the key in logs, metrics and answers
+    secret: Secret
+    organization: str | None = None  # None: the upstream's organizations in turn, if any
+    weight: float = 1.0
+    quota_group: str = ""  # never empty once built: the organization, else the id
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    in_flight: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.quota_group:
+            msgspec.structs.force_setattr(self, "quota_group", self.organization or self.id)
+
+
+_KEY = Meta(
+    description="a mapping with env or file (the key itself never stands here)",
+    extra={"source": KeySource},
+)
+_KEYS = Meta(min_length=1, description="a list of keys, each a mapping with env or file")
+
+
+class Upstream(Struct, frozen=True, kw_only=True):
+    """One provider, spoken to with a pool of keys."""
+
+    name: Annotated[Name, Internal]
+    # Paths such as /chat/completions are appended. No slash at the end.
+    base_url: Url
+    dialect: Literal["openai"] = "openai"
+    # At least one; in the order written, repetitions dropped.
+    keys: Annotated[tuple[Annotated[Key, _KEY], ...], _KEYS]
+    # Sent as OpenAI-Organization, in turn, with keys that have none of their own.
+    organizations: tuple[
+        Annotated[Organization, Meta(extra={"source": OrganizationSource})], ...
+    ] = ()
+    # Whether model names that no model entry names go here unchanged. At most one upstream.
+    passthrough: bool = False
+    # Chats at once here, so that a slow upstream does not take every slot. None: all slots, or
+    # three quarters of them where there are several upstreams.
+    in_flight: Annotated[int, _whole(1, 100_000)] | None = None
+    # Sent with every request.
+    headers: Mapping[HeaderName, HeaderValue] = {}
+    # HTTP proxy. None: a direct connection; proxy variables of the environment are not used.
+    proxy: Url | None = None
+    timeouts: UpstreamTimeouts = UpstreamTimeouts()
+    # Fields of GenerationParams that this upstream does not take. Read from a file or the
+    # environment, the default is OPENAI_UNSUPPORTED for the host api.openai.com.
+    unsupported_parameters: frozenset[Parameter] = frozenset()
+
+
+class Model(Struct, frozen=True, kw_only=True):
+    """One model name that callers may use."""
+
+    name: Annotated[ModelName, Internal]
+    # Name of an upstream.
+    upstream: Annotated[str, Meta(min_length=1, description="the name of an upstream")]
+    # Never empty once built: the name.
+    upstream_model: ModelName = ""
+    # Other names for it, in no other model.
+    aliases: tuple[ModelName, ...] = ()
+    # Models to ask instead, in order, when the upstream of this one cannot answer.
+    fallbacks: tuple[ModelName, ...] = ()
+    # Prompt and answer together; None: unknown. For ListModels.
+    context_window_tokens: Annotated[int, _whole(1, 2**31 - 1)] | None = None
+    # Requests that ask for more are lowered to it; None: no cap.
+    max_completion_tokens: Annotated[int, _whole(1, 2**31 - 1)] | None = None
+    # Open set: tools, json_schema, vision, reasoning, ... For ListModels.
+    capabilities: tuple[Name, ...] = ()
+    # None: guessed from the model's name.
+    tokenizer: Literal["o200k_base", "cl100k_base"] | None = None
+    # What a request gets that does not say. A copy for each use: messages can be changed.
+    defaults: Annotated[GenerationParams, Meta(extra={"fields": PARAMETERS})] = field(
+        default_factory=GenerationParams
+    )
+    # Used by requests that bring none. Roles are unique; every fallback_role is known.
+    role_templates: tuple[Annotated[RoleTemplate, Meta(extra={"fields": _ROLE_TEMPLATE})], ...] = ()
+    # In the file: on top of the upstream's. Once loaded: both together.
+    unsupported_parameters: frozenset[Parameter] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not self.upstream_model:
+            msgspec.structs.force_setattr(self, "upstream_model", self.name)
+
+
+class Config(Struct, frozen=True, kw_only=True):
+    """Everything that can be configured."""
+
+    # The gRPC port: host:port, [::]:port or unix:/path. Port 0: any free one.
+    listen: Listen = "127.0.0.1:50051"
+    limits: Limits = Limits()
+    timeouts: Timeouts = Timeouts()
+    drain: Drain = Drain()
+    # Whether the port answers grpc.reflection.
+    reflection: bool = True
+    log: Log = Log()
+    retries: Retries = Retries()
+    # Empty only if `needs_simulator`.
+    upstreams: tuple[Upstream, ...] = ()
+    models: tuple[Model, ...] = ()
+    # What was put right or looks odd, one sentence each.
+    warnings: Annotated[tuple[str, ...], Internal] = ()
+
+    @property
+    def needs_simulator(self) -> bool:
+        """Whether there is no upstream: no key in the environment and no file."""
+        return not self.upstreams

@@ -1,0 +1,149 @@
+"""What happened, as frozen records: one per attempt and one per call, for whoever observes.
+
+The log is one observer. Records hold key ids, never key material, and no prompt or answer text.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Protocol, TextIO
+
+from tokenwire_service.secret import Scrubber, Secret
+
+
+@dataclass(frozen=True)
+class AttemptEvent:
+    """One request to one upstream with one key ended. `fault` is empty when it answered."""
+
+    request_id: str
+    upstream: str
+    model: str
+    key_id: str
+    http_status: int
+    fault: str
+    upstream_code: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CallEvent:
+    """One RPC ended. `reason` is empty for OK."""
+
+    request_id: str
+    method: str
+    code: str
+    reason: str
+    message: str
+    model: str
+    attempts: int
+    prompt_tokens: int
+    completion_tokens: int
+    usage_estimated: bool
+    seconds: float
+    labels: Mapping[str, str] = field(default_factory=dict)  # the caller's own, for accounting
+
+
+class Observer(Protocol):
+    """Told of every event, in the event loop: it must not block."""
+
+    def attempt(self, event: AttemptEvent) -> None:
+        """An attempt ended."""
+
+    def call(self, event: CallEvent) -> None:
+        """A call ended."""
+
+
+class LogObserver:
+    """Writes each event as one line of the log: attempts that fail, and every call."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+
+    def attempt(self, event: AttemptEvent) -> None:
+        """Logs a failed attempt as a warning, an answered one for debugging."""
+        level = logging.WARNING if event.fault else logging.DEBUG
+        self._log(level, "attempt", event)
+
+    def call(self, event: CallEvent) -> None:
+        """Logs the call: an error of the gateway's own as such, all others as information."""
+        level = logging.ERROR if event.code == "INTERNAL" else logging.INFO
+        self._log(level, "call", event)
+
+    def _log(self, level: int, name: str, event: AttemptEvent | CallEvent) -> None:
+        if self._logger.isEnabledFor(level):
+            fields = asdict(event)
+            fields["seconds"] = round(event.seconds, 4)
+            self._logger.log(level, name, extra={"fields": fields})
+
+
+# Characters. Shorter ones are placeholders for upstreams without keys, and may be plain words.
+_SHORTEST_KEY = 8
+
+
+class LineFormatter(logging.Formatter):
+    """One line per record: JSON, or `time level name key=value ...` for people.
+
+    `secrets` never show, whoever wrote them: the text of an exception may quote a header.
+    """
+
+    def __init__(self, as_json: bool, secrets: Iterable[Secret] = ()) -> None:
+        super().__init__()
+        self._as_json = as_json
+        self._scrub = Scrubber(secrets, _SHORTEST_KEY)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line. Line breaks in values are escaped, so that no value can forge a line."""
+        given: dict[str, object] = getattr(record, "fields", {})
+        fields = {
+            name: value if isinstance(value, int | float) else self._scrub(str(value))
+            for name, value in given.items()
+            if value is not None
+        }
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        at = f"{stamp}.{int(record.msecs):03d}Z"
+        message = self._scrub(record.getMessage())
+        trace = self._scrub(self.formatException(record.exc_info)) if record.exc_info else ""
+        if self._as_json:
+            line = {"time": at, "level": record.levelname.lower(), "event": message, **fields}
+            if trace:
+                line["trace"] = trace
+            return _escaped(json.dumps(line, ensure_ascii=False, default=str))
+        shown = " ".join(f"{k}={_plain(v)}" for k, v in fields.items() if v not in ("", None))
+        text = _escaped(f"{at} {record.levelname.lower():7} {message} {shown}".rstrip())
+        return f"{text}\n{trace}" if trace else text
+
+
+def _plain(value: object) -> str:
+    text = str(value)
+    return text if text.isprintable() and " " not in text else json.dumps(text, ensure_ascii=False)
+
+
+def _escaped(line: str) -> str:
+    """JSON leaves some line breaks, terminal controls and half surrogates as they are."""
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
+
+
+# Libraries whose warnings would else go to stderr in a form, and with secrets, of their own.
+_LIBRARIES = ("aiohttp", "asyncio", "grpc")
+
+
+def configure_logging(
+    level: str, as_json: bool, stream: TextIO | None = None, secrets: Iterable[Secret] = ()
+) -> logging.Logger:
+    """The gateway's logger, writing lines to `stream` (stderr), none of which shows a secret.
+    What the libraries beneath have to warn of goes the same way."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(LineFormatter(as_json, secrets))
+    for name in ("tokenwire", *_LIBRARIES):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.propagate = False
+        logger.setLevel("WARNING" if name in _LIBRARIES else level.upper())
+    return logging.getLogger("tokenwire")

@@ -1,0 +1,1 @@
+"""Talking to providers: one module opens sockets, the others are pure."""
