@@ -1,0 +1,503 @@
+"""`tokenwire serve` and its neighbours as processes: how they start, refuse to, and leave."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import itertools
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from aiohttp import ClientSession, web
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from harness import (
+    Received,
+    completion,
+    failing,
+    provider,
+    receive,
+    request,
+    simulate,
+    stream_request,
+    until,
+    upstream,
+)
+from tokenwire.v1 import chat_service_pb2, chat_service_pb2_grpc
+from tokenwire_service.config import Config, check
+from tokenwire_service.server import Running, ServerEndedError, serve_until_signalled
+from tokenwire_service.simulator import Simulator
+
+Simulated = tuple[Simulator, str]
+COMMAND = str(Path(sys.executable).parent / "tokenwire")
+SECRETS = ("sk-test-Planted0-abcdefgh", "sk-test-Planted1-ijklmnop")
+PROMPT = "a prompt that no log may hold"
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@dataclass
+class Program:
+    """A started command. `lines` is its standard error so far."""
+
+    process: asyncio.subprocess.Process
+    lines: list[str] = field(default_factory=list)
+    out: str = ""
+    channel: grpc.aio.Channel | None = None
+
+    def event(self, name: str) -> dict[str, Any] | None:
+        """The first line of the log with this event."""
+        for line in self.lines:
+            if line.startswith("{") and json.loads(line)["event"] == name:
+                found: dict[str, Any] = json.loads(line)
+                return found
+        return None
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    async def exit_code(self) -> int:
+        """Waits for the end; all of standard error is in `lines` then."""
+        async with asyncio.timeout(20):
+            return await self.process.wait()
+
+    @property
+    def chat(self) -> Any:
+        return chat_service_pb2_grpc.ChatServiceStub(self.channel)
+
+    @property
+    def health(self) -> Any:
+        return health_pb2_grpc.HealthStub(self.channel)
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This process's, without what configures the gateway."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("OPENAI_", "TOKENWIRE_"))
+    }
+    return kept | variables
+
+
+@asynccontextmanager
+async def run(
+    *arguments: str, program: tuple[str, ...] = (COMMAND,), **variables: str
+) -> AsyncIterator[Program]:
+    """Runs a command; kills it if it is still there in the end."""
+    process = await asyncio.create_subprocess_exec(
+        *program,
+        *arguments,
+        env=environment(**variables),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    started = Program(process)
+
+    async def read_errors() -> None:
+        assert process.stderr is not None
+        async for line in process.stderr:
+            started.lines.append(line.decode().rstrip("\n"))
+
+    async def read_output() -> None:
+        assert process.stdout is not None
+        async for line in process.stdout:
+            started.out += line.decode()
+
+    async with asyncio.TaskGroup() as readers:
+        readers.create_task(read_errors())
+        readers.create_task(read_output())
+        try:
+            yield started
+        finally:
+            if started.channel is not None:
+                await started.channel.close()
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+
+@asynccontextmanager
+async def serve(
+    *arguments: str, program: tuple[str, ...] = (COMMAND,), **variables: str
+) -> AsyncIterator[Program]:
+    """`tokenwire serve` on a free port, once it serves."""
+    listen = () if "--listen" in arguments else ("--listen", "127.0.0.1:0")
+    async with run("serve", *arguments, *listen, program=program, **variables) as started:
+        await until(
+            lambda: started.event("serving") is not None or started.process.returncode is not None
+        )
+        serving = started.event("serving")
+        assert serving is not None, started.lines
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+        started.channel = grpc.aio.insecure_channel(serving["address"], options=options)
+        yield started
+
+
+async def ended(*arguments: str, **variables: str) -> Program:
+    """A command that ends by itself."""
+    async with run(*arguments, **variables) as started:
+        await started.exit_code()
+    return started
+
+
+def paced(tokens: int, **fields: Any) -> chat_service_pb2.ChatRequest:
+    """One whose answer takes about a hundredth of a second per token."""
+    pace = simulate(tokens=tokens, tokens_per_second=100, first_token_ms=0)
+    return request(PROMPT, extra_body_json=pace, **fields)
+
+
+STALLED = simulate(fault="stall_midway", first_token_ms=0)
+
+
+async def begun(call: Any) -> asyncio.Task[Received]:
+    """A stream that is read in the background, once its first text is there."""
+    events = aiter(call)
+    await anext(events)
+    assert (await anext(events)).delta.content != ""
+    return asyncio.ensure_future(receive(call))
+
+
+def write_config(folder: Path, base_url: str, **top: Any) -> str:
+    """A configuration with one upstream."""
+    path = folder / "tokenwire.yaml"
+    upstreams = {"test": {"base_url": base_url, "keys": [{"env": "TEST_KEY"}], "passthrough": True}}
+    path.write_text(json.dumps({"upstreams": upstreams, **top}))  # JSON is YAML
+    return str(path)
+
+
+# --- starting ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "program", [(COMMAND,), (sys.executable, "-m", "tokenwire_service")], ids=["tokenwire", "-m"]
+)
+async def test_without_a_key_it_starts_on_the_simulator_and_says_so(
+    program: tuple[str, ...],
+) -> None:
+    async with serve(program=program) as gateway:
+        assert gateway.event("serving")["upstreams"] == "simulator"  # type: ignore[index]
+        await until(lambda: any("SIMULATED ANSWERS" in line for line in gateway.lines))
+        received = await receive(gateway.chat.StreamChat(stream_request(paced(5))))
+        assert received.failure is None
+        assert received.header.upstream == "simulator"
+        assert received.text != ""
+        gateway.signal(signal.SIGINT)
+        assert await gateway.exit_code() == 0
+    assert gateway.event("stopped")["cut_short"] is False  # type: ignore[index]
+    assert PROMPT not in "\n".join(gateway.lines)
+
+
+async def test_with_keys_in_the_environment_any_model_goes_through_unchanged() -> None:
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        return completion()
+
+    names = ["gpt-4o", "vendor/model:v1@x", "模型", "UPPER lower", "a" * 200]
+    async with provider(answer) as served:
+        variables = {
+            "OPENAI_API_KEY": ",".join(SECRETS),
+            "OPENAI_BASE_URL": served.base_url,
+            "OPENAI_ORG_ID": "org-a,org-b",
+        }
+        async with serve(**variables) as gateway:
+            assert gateway.event("serving")["keys"] == 2  # type: ignore[index]
+            for name in names:
+                whole = await gateway.chat.Chat(request("hello", model=name))
+                assert whole.header.upstream == "openai"
+            gateway.signal(signal.SIGINT)
+            assert await gateway.exit_code() == 0
+    assert [asked.body["model"] for asked in served.asked] == names
+    assert served.asked[0].body == {
+        "model": "gpt-4o",
+        "messages": [{"role": "user", "content": "hello"}],
+    }
+    assert {asked.path for asked in served.asked} == {"/v1/chat/completions"}
+    keys = [asked.headers["authorization"].removeprefix("Bearer ") for asked in served.asked]
+    assert sorted(set(keys)) == sorted(SECRETS)
+    assert all(one != other for one, other in itertools.pairwise(keys))
+    organizations = [asked.headers["openai-organization"] for asked in served.asked]
+    assert organizations == ["org-a", "org-b", "org-a", "org-b", "org-a"]
+    assert "Planted" not in "\n".join(gateway.lines)
+    assert "SIMULATED" not in "\n".join(gateway.lines)
+
+
+async def test_a_429_of_one_key_is_absorbed_and_logged_without_the_key(tmp_path: Path) -> None:
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        if len(served.asked) == 1:
+            body = {"error": {"message": f"no {asked.headers['authorization']}", "code": "x"}}
+            return web.json_response(body, status=429, headers={"retry-after": "60"})
+        return completion()
+
+    async with provider(answer) as served:
+        config = write_config(tmp_path, served.base_url, log={"level": "debug"})
+        async with serve("--config", config, TEST_KEY=",".join(SECRETS)) as gateway:
+            call = gateway.chat.Chat(request(), metadata=(("x-request-id", "find-me"),))
+            whole = await call
+            assert [attempt.http_status for attempt in whole.header.attempts] == [429, 200]
+            gateway.signal(signal.SIGINT)
+            await gateway.exit_code()
+    attempt = gateway.event("attempt")
+    assert attempt is not None
+    assert (attempt["level"], attempt["fault"]) == ("warning", "rate_limited")
+    call_line = gateway.event("call")
+    assert call_line is not None
+    assert (call_line["code"], call_line["attempts"]) == ("OK", 2)
+    assert attempt["request_id"] == call_line["request_id"] == "find-me"
+    assert "Planted" not in "\n".join(gateway.lines)
+
+
+async def test_a_port_in_use_ends_it_with_one_line() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        program = await ended("serve", "--listen", address)
+    assert program.process.returncode == 1
+    hint = "is it in use? --listen takes another"
+    assert program.lines == [f"tokenwire: cannot listen on {address}: {hint}"]
+
+
+async def test_two_gateways_do_not_share_a_port_without_a_word() -> None:
+    async with serve() as first:
+        address = first.event("serving")["address"]  # type: ignore[index]
+        second = await ended("serve", "--listen", address)
+        assert second.process.returncode == 1
+        assert (await first.chat.Chat(paced(1))).choices[0].message.content != ""
+
+
+UPSTREAMS = "upstreams: {test: {base_url: 'http://127.0.0.1:1/v1', keys: [{env: TEST_KEY}]}}"
+MALFORMED: dict[str, tuple[str, list[str]]] = {
+    "no YAML": ("upstreams: [", ["tokenwire.yaml:1"]),
+    "an unknown key": (f"{UPSTREAMS}\nlisten_on: x", ["tokenwire.yaml:2", "listen_on"]),
+    "a wrong type": (
+        f"{UPSTREAMS}\nlimits:\n  in_flight: many",
+        ["tokenwire.yaml:3", "limits.in_flight", '"many"'],
+    ),
+    "a missing secret": (
+        UPSTREAMS.replace("TEST_KEY", "NOT_SET"),
+        ["tokenwire.yaml:1", "NOT_SET", "not set"],
+    ),
+    "a model that leads nowhere": (
+        f"{UPSTREAMS}\nmodels: {{fast: {{upstream: tset}}}}",
+        ["tokenwire.yaml:2", "models.fast.upstream", "did you mean test?"],
+    ),
+    "several at once": (
+        f"{UPSTREAMS}\nlisten: nowhere\ndrain: {{grace: 5}}",
+        ["tokenwire.yaml:2: listen", "tokenwire.yaml:3: drain.grace"],
+    ),
+    "a key in the file": (
+        UPSTREAMS.replace("env: TEST_KEY", f"env: {SECRETS[0]}"),
+        ["tokenwire.yaml:1", "upstreams.test.keys"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+async def test_a_malformed_configuration_is_told_before_the_port_opens(
+    tmp_path: Path, name: str
+) -> None:
+    text, told = MALFORMED[name]
+    (tmp_path / "tokenwire.yaml").write_text(text)
+    path = str(tmp_path / "tokenwire.yaml")
+    with socket.socket() as taken:  # so that opening the port would be another error
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        program = await ended("serve", "--config", path, "--listen", listen, TEST_KEY=SECRETS[0])
+    assert program.process.returncode == 2
+    errors = "\n".join(program.lines)
+    for part in told:
+        assert part in errors
+    assert program.lines[-1] == "nothing was started"
+    assert "in use" not in errors
+    assert "Traceback" not in errors
+    assert "Planted" not in errors
+    # `check-config` says the same.
+    checked = io.StringIO()
+    assert check(Path(path), {"TEST_KEY": SECRETS[0]}, checked) == 1
+    assert checked.getvalue().splitlines()[:-1] == program.lines[:-1]
+
+
+async def test_a_configuration_that_is_not_there_is_told(tmp_path: Path) -> None:
+    path = str(tmp_path / "nowhere.yaml")
+    program = await ended("serve", "--config", path)
+    checked = await ended("check-config", "--config", path)
+    assert program.process.returncode == checked.process.returncode == 2
+    assert "nowhere.yaml" in program.lines[0]
+    assert "nowhere.yaml" in checked.out
+
+
+@pytest.mark.parametrize("option", [(), ("--config",)])
+async def test_check_config_shows_what_would_run_and_no_key(
+    tmp_path: Path, option: tuple[str, ...]
+) -> None:
+    path = write_config(tmp_path, "http://127.0.0.1:1/v1", models={"fast": {"upstream": "test"}})
+    checked = await ended("check-config", *option, path, TEST_KEY=",".join(SECRETS))
+    assert checked.process.returncode == 0
+    assert "http://127.0.0.1:1/v1" in checked.out
+    assert "fast" in checked.out
+    assert "Planted" not in checked.out
+    assert checked.lines == []
+
+
+async def test_help_names_every_command_and_an_unknown_one_is_refused() -> None:
+    told = await ended("--help")
+    assert told.process.returncode == 0
+    for command in ("serve", "check-config", "simulate", "chat", "demo"):
+        assert command in told.out
+    refused = await ended("nonsense")
+    assert refused.process.returncode == 2
+
+
+async def test_the_simulator_runs_as_a_program_of_its_own() -> None:
+    async with run("simulate", "--listen", "127.0.0.1:0", "--tokens-per-second", "0") as program:
+        await until(lambda: program.out != "")
+        url = program.out.split()[3]
+        body = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+        async with (
+            ClientSession(headers={"authorization": "Bearer demo"}) as session,
+            session.post(f"{url}/chat/completions", json=body) as response,
+        ):
+            assert (await response.json())["choices"][0]["message"]["content"] != ""
+        program.signal(signal.SIGTERM)
+        assert await program.exit_code() == 0
+    refused = await ended("simulate", "--listen", "nowhere")
+    assert refused.process.returncode == 2
+
+
+# --- leaving ----------------------------------------------------------------------------
+
+
+async def test_sigint_lets_running_streams_finish() -> None:
+    async with serve() as gateway:
+        streams = [
+            await begun(gateway.chat.StreamChat(stream_request(paced(40)))) for _ in range(20)
+        ]
+        gateway.signal(signal.SIGINT)
+        await until(lambda: gateway.event("draining") is not None)
+        for received in await asyncio.gather(*streams):
+            assert received.failure is None
+            assert received.kinds[-1] == "trailer"
+        assert await gateway.exit_code() == 0
+        refused = await failing(gateway.chat.Chat(paced(1)))
+    assert refused.code is grpc.StatusCode.UNAVAILABLE
+    assert gateway.event("draining")["in_flight"] > 0  # type: ignore[index]
+    assert gateway.event("stopped")["cut_short"] is False  # type: ignore[index]
+
+
+async def test_sigint_lets_a_running_batch_finish_with_all_its_items() -> None:
+    async with serve() as gateway:
+        items = chat_service_pb2.BatchChatRequest(max_concurrency=2)
+        for _ in range(10):
+            items.items.add(chat=paced(5))
+        call = gateway.chat.BatchChat(items)
+        answers = [await call.read()]
+        gateway.signal(signal.SIGINT)
+        while (answer := await call.read()) is not grpc.aio.EOF:
+            answers.append(answer)
+        assert await gateway.exit_code() == 0
+    assert [answer.WhichOneof("result") for answer in answers] == ["response"] * 10
+
+
+async def test_sigterm_takes_new_calls_until_balancers_know_and_then_drains(
+    tmp_path: Path, simulator: Simulated
+) -> None:
+    config = write_config(tmp_path, simulator[1], drain={"propagation": "500ms", "grace": "20s"})
+    async with serve("--config", config, TEST_KEY=SECRETS[0]) as gateway:
+        watch = gateway.health.Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == SERVING
+        running = await begun(gateway.chat.StreamChat(stream_request(paced(100))))
+        gateway.signal(signal.SIGTERM)
+        assert (await watch.read()).status == NOT_SERVING
+        late = await begun(gateway.chat.StreamChat(stream_request(paced(60))))
+        for received in await asyncio.gather(running, late):
+            assert received.failure is None
+            assert received.kinds[-1] == "trailer"
+        assert await gateway.exit_code() == 0
+    assert gateway.event("stopped")["cut_short"] is False  # type: ignore[index]
+
+
+async def test_who_watches_health_does_not_hold_up_the_end(
+    tmp_path: Path, simulator: Simulated
+) -> None:
+    config = write_config(tmp_path, simulator[1], drain={"propagation": "0s", "grace": "10m"})
+    async with serve("--config", config, TEST_KEY=SECRETS[0]) as gateway:
+        watch = gateway.health.Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == SERVING
+        gateway.signal(signal.SIGTERM)
+        assert await gateway.exit_code() == 0  # long before ten minutes are over
+
+
+async def test_the_grace_ends_what_does_not_end_by_itself(
+    tmp_path: Path, simulator: Simulated
+) -> None:
+    config = write_config(tmp_path, simulator[1], drain={"propagation": "0s", "grace": "300ms"})
+    async with serve("--config", config, TEST_KEY=SECRETS[0]) as gateway:
+        stalled = request(PROMPT, extra_body_json=STALLED)
+        stream = await begun(gateway.chat.StreamChat(stream_request(stalled)))
+        gateway.signal(signal.SIGTERM)
+        received = await stream
+        assert received.failure is not None
+        assert "trailer" not in received.kinds
+        assert await gateway.exit_code() == 0
+        await until(lambda: simulator[0].stats.aborted_streams == 1)
+    assert "Traceback" not in "\n".join(gateway.lines)
+
+
+@pytest.mark.parametrize(
+    "signals",
+    [
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGINT, signal.SIGINT),
+        (signal.SIGTERM, signal.SIGINT),
+    ],
+    ids=lambda signals: " ".join(number.name for number in signals),
+)
+async def test_a_second_signal_ends_it_at_once(
+    simulator: Simulated, tmp_path: Path, signals: tuple[signal.Signals, ...]
+) -> None:
+    config = write_config(tmp_path, simulator[1], drain={"propagation": "5m", "grace": "5m"})
+    async with serve("--config", config, TEST_KEY=SECRETS[0]) as gateway:
+        stalled = request(PROMPT, extra_body_json=STALLED)
+        stream = await begun(gateway.chat.StreamChat(stream_request(stalled)))
+        for number in signals:
+            gateway.signal(number)
+            await until(lambda: gateway.event("draining") is not None)
+        assert (await stream).failure is not None
+        assert await gateway.exit_code() == 0
+        await until(lambda: simulator[0].stats.aborted_streams == 1)
+    assert gateway.event("stopped")["cut_short"] is True  # type: ignore[index]
+    assert "Traceback" not in "\n".join(gateway.lines)
+
+
+async def test_a_server_that_ends_by_itself_is_an_error(simulator: Simulated) -> None:
+    """So that a supervisor starts it again."""
+    config = Config(listen="127.0.0.1:0", upstreams=(upstream(simulator[1]),))
+    stopping: list[asyncio.Task[None]] = []
+
+    def announce(running: Running) -> None:
+        stopping.append(asyncio.ensure_future(running.server.stop(0)))
+
+    with pytest.raises(ServerEndedError):
+        await serve_until_signalled(config, logging.getLogger("tokenwire.test"), announce)
+    await asyncio.gather(*stopping)
+
+
+def test_the_environment_of_the_tests_configures_no_gateway(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    cleaned: Mapping[str, str] = environment()
+    assert "OPENAI_API_KEY" not in cleaned
