@@ -101,6 +101,9 @@ class Plan:
     route: Route
     pool: Pool
     encoded: Encoded
+    patient: bool = True  # waits for what cools: not while there is another model to ask
+    seen: Counter[Fault] = field(default_factory=Counter)  # what its attempts met
+    last: UpstreamFault | None = None
 
 
 @dataclass
@@ -351,20 +354,30 @@ class Gateway:
     async def _answer(
         self, call: Call, use: Callable[[Attempt], Awaitable[T]], outbox: Outbox | None = None
     ) -> T:
-        """Asks the model's upstream, then those of its fallbacks, until one answers; if none does,
-        the caller hears of the model it asked for. `outbox`: where a stream goes."""
+        """Asks the model's upstream, then those of its fallbacks, until one answers. If none does,
+        waits for the soonest of those that only cool; else the caller hears of the model it asked
+        for. `outbox`: where a stream goes."""
         route = self.route(call.chat.model)
         names = route.model.fallbacks if route.model is not None else ()
         errors: list[GatewayError] = []
+        cooling: list[tuple[float, Plan]] = []
         for name in (call.chat.model, *names):
             try:
                 plan = self._plan(call, self.route(name), stream=outbox is not None)
+                plan.patient = not names
                 return await self._held(call, plan, use)
             except GatewayError as error:
                 passing = _FALL_OVER | _UNSUITED if errors else _FALL_OVER
                 if error.reason not in passing or (outbox is not None and outbox.committed):
                     raise
                 errors.append(error)
+                if error.reason in _COOLING and error.retry_helps and not plan.patient:
+                    cooling.append((self._now() + (error.retry_after or 0.0), plan))
+        if cooling:
+            until, plan = min(cooling, key=lambda each: each[0])
+            if until < call.deadline:
+                plan.patient = True
+                return await self._held(call, plan, use)
         raise errors[0]
 
     def _plan(self, call: Call, route: Route, *, stream: bool) -> Plan:
@@ -390,12 +403,11 @@ class Gateway:
 
     async def _attempts(self, call: Call, plan: Plan, use: Callable[[Attempt], Awaitable[T]]) -> T:
         """Calls `use` until it answers or the verdict table, the budget or time says no."""
-        self._budget.deposit()
-        pool, route = plan.pool, plan.route
-        seen: Counter[Fault] = Counter()
-        last: UpstreamFault | None = None
+        if not call.attempts:
+            self._budget.deposit()
+        pool = plan.pool
         while True:
-            lease = await self._lease(call, plan, last)
+            lease = await self._lease(call, plan)
             record = chat_service_pb2.UpstreamAttempt(
                 upstream=pool.upstream.name, key_id=lease.key.id
             )
@@ -416,11 +428,11 @@ class Gateway:
                 self._failed(call, attempt, fault)
                 if attempt.committed:
                     raise self._interrupted(call, attempt, fault) from None
-                last = fault
-                seen[fault.fault] += 1
-                delay = self._delay(call, pool, route, fault, seen)
+                plan.last = fault
+                plan.seen[fault.fault] += 1
+                delay = self._delay(call, plan, fault)
             except BaseException:
-                self._observe(call, attempt, ABANDONED)
+                self._ended(call, attempt, ABANDONED)
                 raise
             finally:
                 try:
@@ -430,12 +442,10 @@ class Gateway:
             if delay > 0:
                 await self._sleep(delay)
 
-    def _delay(
-        self, call: Call, pool: Pool, route: Route, fault: UpstreamFault, seen: Counter[Fault]
-    ) -> float:
+    def _delay(self, call: Call, plan: Plan, fault: UpstreamFault) -> float:
         """Seconds until the next attempt, or the error that says why there is none."""
-        action = VERDICTS[fault.fault].request
-        give_up = self._error(call, pool, route, fault)
+        action, seen = VERDICTS[fault.fault].request, plan.seen
+        give_up = self._error(call, plan.pool, plan.route, fault)
         if fault.should_retry is False:
             raise give_up
         if action is RequestAction.FAIL and not fault.should_retry:
@@ -452,26 +462,28 @@ class Gateway:
             delay = self._backoff.delay(seen[fault.fault])
             if fault.retry_after is not None:
                 delay = max(delay, give_up.retry_after or 0.0)
-        if self._now() + delay >= call.deadline:
+        asked_to_wait = delay > 0 and fault.retry_after is not None and not plan.patient
+        if self._now() + delay >= call.deadline or asked_to_wait:
             give_up.retry_helps = fault.retry_after is not None  # a caller with more time may wait
             raise give_up
         if not self._budget.withdraw():
             raise give_up
         return delay
 
-    async def _lease(self, call: Call, plan: Plan, last: UpstreamFault | None) -> Lease:
+    async def _lease(self, call: Call, plan: Plan) -> Lease:
         """A key, waiting for the soonest one if the deadline allows it."""
         pool, chat = plan.pool, call.chat
         cost = 0
         if pool.ring.counts_tokens:
             choices = max(1, chat.params.choice_count)
             cost = estimate(chat, 0).prompt_tokens + plan.encoded.max_completion_tokens * choices
+        until = call.deadline if plan.patient else self._now()
         found = await pool.lease(
-            plan.route.model_name, call.deadline, sticky=chat.prompt_cache_key, tokens=cost
+            plan.route.model_name, until, sticky=chat.prompt_cache_key, tokens=cost
         )
         if isinstance(found, Lease):
             return found
-        raise self._no_key(call, pool, plan.route, found, last)
+        raise self._no_key(call, plan, found)
 
     # --- errors -------------------------------------------------------------------------
 
@@ -523,16 +535,14 @@ class Gateway:
             metadata=self._metadata(call, pool, fault),
         )
 
-    def _no_key(
-        self, call: Call, pool: Pool, route: Route, found: Unavailable, last: UpstreamFault | None
-    ) -> GatewayError:
+    def _no_key(self, call: Call, plan: Plan, found: Unavailable) -> GatewayError:
         """No key can serve before the deadline."""
         closed_by = found.fault or Fault.KEY_REJECTED
         fault = UpstreamFault(closed_by)
-        if last is not None and last.fault is closed_by:
-            fault = last
-        error = self._error(call, pool, route, fault)
-        if found.until < math.inf and closed_by in (Fault.RATE_LIMITED, Fault.OVERLOADED):
+        if plan.last is not None and plan.last.fault is closed_by:
+            fault = plan.last
+        error = self._error(call, plan.pool, plan.route, fault)
+        if found.worth_waiting(math.inf):
             error.retry_after = max(0.0, found.until - self._now())
             error.retry_helps = True
         return error
@@ -585,11 +595,14 @@ class Gateway:
             ring.settle(attempt.lease, 0)  # it was refused
 
     def _failed(self, call: Call, attempt: Attempt, fault: UpstreamFault) -> None:
-        attempt.record.http_status = fault.http_status
         attempt.record.error_reason = VERDICTS[fault.fault].reason
+        self._ended(call, attempt, fault.fault.value, fault.code)
+
+    def _ended(self, call: Call, attempt: Attempt, fault: str, code: str = "") -> None:
+        attempt.record.http_status = attempt.progress.http_status
         seconds = self._now() - attempt.started
         attempt.record.duration.FromNanoseconds(int(seconds * 1e9))
-        self._observe(call, attempt, fault.fault.value, fault.code)
+        self._observe(call, attempt, fault, code)
 
     def _observe(self, call: Call, attempt: Attempt, fault: str = "", code: str = "") -> None:
         self._observer.attempt(
@@ -690,6 +703,14 @@ _FALL_OVER = frozenset(
         error_reason_pb2.ERROR_REASON_UPSTREAM_PROTOCOL_ERROR,
         error_reason_pb2.ERROR_REASON_MODEL_NOT_FOUND,  # configured here, unknown there
         error_reason_pb2.ERROR_REASON_GATEWAY_OVERLOADED,
+    }
+)
+
+# What passes by itself: worth waiting for where nobody else can serve.
+_COOLING = frozenset(
+    {
+        error_reason_pb2.ERROR_REASON_RATE_LIMITED,
+        error_reason_pb2.ERROR_REASON_UPSTREAM_OVERLOADED,
     }
 )
 

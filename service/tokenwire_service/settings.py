@@ -399,7 +399,8 @@ class Model(Struct, frozen=True, kw_only=True):
     upstream_model: ModelName = ""
     # Other names for it, in no other model.
     aliases: tuple[ModelName, ...] = ()
-    # Models to ask instead, in order, when the upstream of this one cannot answer.
+    # Models to ask instead, in order, when the upstream of this one cannot answer. Keys that cool
+    # are waited for only when these cannot answer either.
     fallbacks: tuple[ModelName, ...] = ()
     # Prompt and answer together; None: unknown. For ListModels.
     context_window_tokens: Annotated[int, _whole(1, 2**31 - 1)] | None = None

@@ -212,11 +212,12 @@ async def aleave_by_timeout(client: AsyncClient, kept: list[object]) -> None:
 
 
 @pytest.fixture
-async def aclient(gateway: FakeGateway) -> AsyncIterator[AsyncClient]:
+async def aclient(
+    gateway: FakeGateway, no_task_left: Callable[[], Awaitable[None]]
+) -> AsyncIterator[AsyncClient]:
     async with gateway.async_client() as client:
         yield client
-    left = {task for task in asyncio.all_tasks() if "async_generator" not in repr(task)}
-    assert left - {asyncio.current_task()} == set()
+    await no_task_left()
 
 
 @pytest.mark.parametrize(
