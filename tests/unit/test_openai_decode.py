@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenwire.v1 import chat_pb2, chat_service_pb2
 from tokenwire_service.errors import Fault, UpstreamFault
 from tokenwire_service.upstream import sse
-from tokenwire_service.upstream.openai import OpenAI, OpenAIStream
+from tokenwire_service.upstream.openai import OpenAI
+from tokenwire_service.upstream.openai_answers import OpenAIStream
 
 Event = chat_service_pb2.StreamChatResponse
 Finish = chat_pb2.FinishReason.Name

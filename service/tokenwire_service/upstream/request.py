@@ -1,0 +1,164 @@
+"""A request as every dialect reads it: whose turn it is in the upstream's words, and parameters.
+
+Here are the rules of the contract that no provider changes: role templates, the model's defaults
+beneath the caller's parameters, caps, and what becomes of parameters an upstream does not take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tokenwire.v1 import chat_pb2, chat_service_pb2, error_reason_pb2
+from tokenwire_service.errors import Violation, invalid
+from tokenwire_service.upstream.dialect import Route
+from tokenwire_service.upstream.json_text import INT32_MAX
+from tokenwire_service.validation import KNOWN_ROLES
+
+
+@dataclass
+class Turn:
+    """One message in the upstream's role, wrapped by its template and joined with its neighbours.
+
+    `content` and `parts` take the place of the message's own; `message` holds the rest. Each part
+    goes with its path in the request, for errors. `path`: of the (first) message.
+    """
+
+    role: str
+    message: chat_pb2.ChatMessage
+    path: str
+    content: str | None
+    parts: list[tuple[chat_pb2.ContentPart, str]]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The caller's parameters over the model's defaults, without what the upstream does not take.
+
+    `max_completion_tokens`: the cap in force, 0 for none. `dropped`: proto paths of what the
+    caller asked for and does not get.
+    """
+
+    params: chat_pb2.GenerationParams
+    max_completion_tokens: int
+    dropped: tuple[str, ...]
+
+
+def turns(chat: chat_service_pb2.ChatRequest, route: Route) -> list[Turn]:
+    """The messages by the rule at ChatRequest.role_templates. Raises UNKNOWN_ROLE."""
+    configured = route.model.role_templates if route.model is not None else ()
+    templates = {t.role: t for t in (chat.role_templates or configured)}
+    problems: list[Violation] = []
+    found: list[Turn] = []
+    texts: list[list[str]] = []  # of each turn: what is to be joined, empty if nothing may be
+    for i, message in enumerate(chat.messages):
+        path = f"messages[{i}]"
+        role, template = _role(templates, message.role)
+        if not role:
+            known = ", ".join(sorted(KNOWN_ROLES | set(templates)))
+            problems.append(
+                Violation(f"{path}.role", f"got {message.role[:40]!r}, expected one of {known}")
+            )
+            continue
+        turn = _turn(message, role, template, path)
+        plain = turn.content is not None and _is_plain(message)
+        if templates and plain and found and texts[-1] and found[-1].role == role:
+            texts[-1].append(turn.content or "")
+            continue
+        found.append(turn)
+        texts.append([turn.content or ""] if plain else [])
+    if problems:
+        raise invalid(*problems, reason=error_reason_pb2.ERROR_REASON_UNKNOWN_ROLE)
+    for turn, joined in zip(found, texts, strict=True):
+        if len(joined) > 1:
+            turn.content = "\n".join(joined)
+    return found
+
+
+def parameters(chat: chat_service_pb2.ChatRequest, route: Route) -> Parameters:
+    """The parameters to send. Raises UNSUPPORTED_PARAMETER unless the caller lets them go."""
+    params = chat_pb2.GenerationParams()
+    if route.model is not None:
+        params.CopyFrom(route.model.defaults)
+    if chat.params.stop:  # lists and maps are replaced, where MergeFrom would add
+        del params.stop[:]
+    if chat.params.logit_bias:
+        params.logit_bias.clear()
+    params.MergeFrom(chat.params)
+    dropped = _drop_unsupported(params, chat, route)
+    cap = (route.model.max_completion_tokens or 0) if route.model is not None else 0
+    limit = 0
+    if params.HasField("max_completion_tokens"):
+        limit = min(params.max_completion_tokens, cap or INT32_MAX)
+    return Parameters(params, limit, dropped)
+
+
+def _role(
+    templates: Mapping[str, chat_pb2.RoleTemplate], role: str
+) -> tuple[str, chat_pb2.RoleTemplate | None]:
+    """(role upstream, template to wrap with) of a caller's role; no role when it is unknown, or
+    its fallbacks go round in a circle."""
+    template = templates.get(role)
+    for _ in templates:
+        if template is None or not template.fallback_role:
+            break
+        role = template.fallback_role
+        template = templates.get(role)
+    if template is not None:
+        return ("", None) if template.fallback_role else (template.api_role or role, template)
+    if role not in KNOWN_ROLES:
+        return "", None
+    return ("system" if role == "environment" else role), None
+
+
+def _turn(
+    message: chat_pb2.ChatMessage, role: str, template: chat_pb2.RoleTemplate | None, path: str
+) -> Turn:
+    begin, end = (template.begin, template.end) if template is not None else ("", "")
+    content = begin + message.content + end if message.HasField("content") else None
+    parts = [(part, f"{path}.parts[{i}]") for i, part in enumerate(message.parts)]
+    if parts and begin:
+        parts.insert(0, (chat_pb2.ContentPart(text=begin), path))
+    if parts and end:
+        parts.append((chat_pb2.ContentPart(text=end), path))
+    return Turn(role, message, path, content, parts)
+
+
+def _is_plain(message: chat_pb2.ChatMessage) -> bool:
+    """Whether a message is a role and a text and nothing else."""
+    return all(descriptor.name in ("role", "content") for descriptor, _ in message.ListFields())
+
+
+def _drop_unsupported(
+    params: chat_pb2.GenerationParams, chat: chat_service_pb2.ChatRequest, route: Route
+) -> tuple[str, ...]:
+    """Clears what the upstream does not take; refuses instead unless the caller allows it.
+
+    A default of the configuration is dropped without asking: the caller never named it.
+    """
+    unsupported = route.upstream.unsupported_parameters
+    if route.model is not None:
+        unsupported = unsupported | route.model.unsupported_parameters
+    named = sorted(
+        descriptor.name for descriptor, _ in params.ListFields() if descriptor.name in unsupported
+    )
+    asked = {descriptor.name for descriptor, _ in chat.params.ListFields()}
+    refused = [name for name in named if name in asked]
+    if (
+        refused
+        and chat.unsupported_parameter_policy != chat_service_pb2.UNSUPPORTED_PARAMETER_POLICY_DROP
+    ):
+        raise invalid(
+            *(
+                Violation(
+                    f"params.{name}",
+                    f"upstream {route.upstream.name} does not take it; "
+                    "set unsupported_parameter_policy to DROP to leave it out",
+                )
+                for name in refused
+            ),
+            reason=error_reason_pb2.ERROR_REASON_UNSUPPORTED_PARAMETER,
+        )
+    for name in named:
+        params.ClearField(name)  # type: ignore[arg-type]  # names come from the descriptor
+    return tuple(f"params.{name}" for name in refused)
