@@ -309,7 +309,9 @@ def trailers(error: GatewayError, request_id: str) -> tuple[tuple[str, str | byt
     """The trailing metadata of a failed call."""
     helps = error.retry_helps and error.retry_after is not None
     wait = min(max(0.0, error.retry_after or 0.0) * 1000, _MAX_PUSHBACK_MS)
-    pushback = str(math.ceil(wait)) if helps else "-1"
+    # Never 0: on it clients built on gRPC's C core do not retry at once, but hang until their
+    # deadline (seen with grpcio 1.85).
+    pushback = str(max(1, math.ceil(wait))) if helps else "-1"
     return (
         ("grpc-status-details-bin", rpc_status(error, request_id).SerializeToString()),
         ("grpc-retry-pushback-ms", pushback),
