@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
-from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import UNSET
 
+from tokenwire_service.providers import DIALECTS, matches
 from tokenwire_service.secret import Secret
 from tokenwire_service.settings import (
     OPENAI_BASE_URL,
@@ -130,7 +130,7 @@ class _Loading:
         config = msgspec.structs.replace(
             config,
             listen=self._listen(listen, config.listen),
-            upstreams=tuple(map(self._with_defaults, upstreams)),
+            upstreams=upstreams,
         )
         config = msgspec.structs.replace(config, models=tuple(self._models(config)))
         self._check_whole(config)
@@ -302,14 +302,6 @@ class _Loading:
 
     # --- what fields cannot say alone -------------------------------------------------
 
-    def _with_defaults(self, upstream: Upstream) -> Upstream:
-        written = ("upstreams", upstream.name, "unsupported_parameters") in self._reader.positions
-        if written or not upstream.base_url:
-            return upstream
-        if urlsplit(upstream.base_url).hostname != urlsplit(OPENAI_BASE_URL).hostname:
-            return upstream
-        return msgspec.structs.replace(upstream, unsupported_parameters=OPENAI_UNSUPPORTED)
-
     def _models(self, config: Config) -> Iterator[Model]:
         upstreams = {upstream.name: upstream for upstream in config.upstreams}
         # Also those too broken to read: one mistake, one problem.
@@ -332,13 +324,16 @@ class _Loading:
             self._check_tokens(model, place)
             self._check_roles(model, (*place, "role_templates"))
             if upstream := upstreams.get(model.upstream):
-                unsupported = upstream.unsupported_parameters | model.unsupported_parameters
+                unsupported = upstream.unsupported_parameters
+                if unsupported is None:
+                    official = matches(upstream.base_url, DIALECTS["openai"].addresses)
+                    unsupported = OPENAI_UNSUPPORTED if official else frozenset()
+                unsupported |= model.unsupported_parameters
                 for parameter, _ in model.defaults.ListFields():
                     if parameter.name in unsupported:
                         got = "a default for a parameter that its upstream does not take"
                         where = (*place, "defaults", parameter.name)
                         self._reader.problem(where, got, "none, or other unsupported_parameters")
-                model = msgspec.structs.replace(model, unsupported_parameters=unsupported)
             yield model
 
     def _check_fallbacks(self, model: Model, place: Place, config: Config) -> None:

@@ -246,11 +246,15 @@ class Gateway:
         if upstream is None:
             return models
         pool = self._pools[upstream.name]
+        route = Route(upstream, None, "")
+        encoded = pool.client.dialect(route).list_models(upstream)
+        if encoded is None:
+            return models
+        plan = Plan(route, pool, encoded)
 
         async def ask(attempt: Attempt) -> list[model_service_pb2.Model]:
-            return await pool.client.models(attempt.lease, attempt.progress)
+            return await pool.client.models(plan.encoded, attempt.lease, attempt.progress)
 
-        plan = Plan(Route(upstream, None, ""), pool, Encoded("/models", b""))
         try:
             async with self._admitted(call):
                 listed = await self._held(call, plan, ask)
@@ -382,7 +386,8 @@ class Gateway:
 
     def _plan(self, call: Call, route: Route, *, stream: bool) -> Plan:
         pool = self._pools[route.upstream.name]
-        return Plan(route, pool, pool.client.dialect.encode(call.chat, route, stream=stream))
+        dialect = pool.client.dialect(route)
+        return Plan(route, pool, dialect.encode(call.chat, route, stream=stream))
 
     async def _held(self, call: Call, plan: Plan, use: Callable[[Attempt], Awaitable[T]]) -> T:
         """Holds a slot of the upstream, then one of the gateway, while the plan is tried: who

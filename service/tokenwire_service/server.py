@@ -36,16 +36,13 @@ from tokenwire_service.servicer import ChatServicer, ModelServicer, TokenizerSer
 from tokenwire_service.telemetry import LogObserver, Observer
 from tokenwire_service.tokens import TokenCounter
 from tokenwire_service.upstream.client import UpstreamClient
-from tokenwire_service.upstream.dialect import Dialect
-from tokenwire_service.upstream.openai import OpenAI
+from tokenwire_service.upstream.dialects import chooser
 
 SERVICES = (
     chat_service_pb2.DESCRIPTOR.services_by_name["ChatService"].full_name,
     tokenizer_service_pb2.DESCRIPTOR.services_by_name["TokenizerService"].full_name,
     model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
 )
-
-DIALECTS: dict[str, type[Dialect]] = {"openai": OpenAI}
 
 # Why each: docs/architecture.md, "Transport".
 _OPTIONS: tuple[tuple[str, int], ...] = (
@@ -118,8 +115,9 @@ async def serving(
     async with AsyncExitStack() as stack:
         observer = observer or LogObserver(logger)
         pools: dict[str, Pool] = {}
+        dialect = chooser()
         for upstream in config.upstreams:
-            client = UpstreamClient(upstream, DIALECTS[upstream.dialect](), config.limits)
+            client = UpstreamClient(upstream, dialect, config.limits)
             stack.push_async_callback(client.close)
             pools[upstream.name] = Pool(client, KeyRing(upstream), _bulkhead(config, upstream))
         retries = config.retries

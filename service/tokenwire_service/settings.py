@@ -16,6 +16,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from msgspec import Meta, Struct, field
 
 from tokenwire.v1.chat_pb2 import GenerationParams, RoleTemplate
+from tokenwire_service.providers import AUTO, DIALECTS
 from tokenwire_service.secret import Secret
 from tokenwire_service.typed_yaml import Field
 from tokenwire_service.validation import RANGES, Range
@@ -177,6 +178,13 @@ Organization = Annotated[
         pattern=r"^[!-+\--~]{1,200}\Z",  # visible ASCII without the comma
         description="an organization: 1 to 200 visible ASCII characters",
         extra={"hidden": True},
+    ),
+]
+DialectName = Annotated[
+    str,
+    Meta(
+        pattern=rf"^(?:{'|'.join((AUTO, *DIALECTS))})\Z",
+        description=f"one of {', '.join((AUTO, *DIALECTS))}",
     ),
 ]
 Text = Annotated[str, Meta(min_length=1, description="text that is not empty")]
@@ -367,7 +375,8 @@ class Upstream(Struct, frozen=True, kw_only=True):
     name: Annotated[Name, Internal]
     # Paths such as /chat/completions are appended. No slash at the end.
     base_url: Url
-    dialect: Literal["openai"] = "openai"
+    # What it speaks; `auto`: guessed by the address, then by the model's name.
+    dialect: DialectName = "openai"
     # At least one; in the order written, repetitions dropped.
     keys: Annotated[tuple[Annotated[Key, _KEY], ...], _KEYS]
     # Sent as OpenAI-Organization, in turn, with keys that have none of their own.
@@ -384,9 +393,8 @@ class Upstream(Struct, frozen=True, kw_only=True):
     # HTTP proxy. None: a direct connection; proxy variables of the environment are not used.
     proxy: Url | None = None
     timeouts: UpstreamTimeouts = UpstreamTimeouts()
-    # Fields of GenerationParams that this upstream does not take. Read from a file or the
-    # environment, the default is OPENAI_UNSUPPORTED for the host api.openai.com.
-    unsupported_parameters: frozenset[Parameter] = frozenset()
+    # Fields of GenerationParams that this upstream does not take. None: what its dialect knows.
+    unsupported_parameters: frozenset[Parameter] | None = None
 
 
 class Model(Struct, frozen=True, kw_only=True):
@@ -397,6 +405,8 @@ class Model(Struct, frozen=True, kw_only=True):
     upstream: Annotated[str, Meta(min_length=1, description="the name of an upstream")]
     # Never empty once built: the name.
     upstream_model: ModelName = ""
+    # None: the upstream's.
+    dialect: DialectName | None = None
     # Other names for it, in no other model.
     aliases: tuple[ModelName, ...] = ()
     # Models to ask instead, in order, when the upstream of this one cannot answer. Keys that cool
@@ -416,7 +426,7 @@ class Model(Struct, frozen=True, kw_only=True):
     )
     # Used by requests that bring none. Roles are unique; every fallback_role is known.
     role_templates: tuple[Annotated[RoleTemplate, Meta(extra={"fields": _ROLE_TEMPLATE})], ...] = ()
-    # In the file: on top of the upstream's. Once loaded: both together.
+    # On top of the upstream's.
     unsupported_parameters: frozenset[Parameter] = frozenset()
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from corpus.runner import Answer
 from harness import Start, Stubs
 from tokenwire_service.errors import UpstreamFault
 from tokenwire_service.upstream import sse
-from tokenwire_service.upstream.openai import OpenAI
+from tokenwire_service.upstream.openai_answers import OpenAIStream
 
 
 def assert_every_key_serves(gateway: Stubs) -> None:
@@ -36,7 +36,7 @@ async def test_every_recorded_stream_reaches_the_caller(
 
 def decoded(pieces: Iterable[bytes]) -> tuple[Answer, str]:
     """(what the decoders make of a stream that comes in these pieces, how it fails if it does)."""
-    events, decoder, answer = sse.Decoder(1 << 23), OpenAI().stream_decoder(), Answer()
+    events, decoder, answer = sse.Decoder(1 << 23), OpenAIStream(), Answer()
     try:
         for piece in pieces:
             for event in events.feed(piece):

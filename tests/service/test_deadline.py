@@ -34,7 +34,7 @@ from tokenwire_service.keyring import KeyRing, Lease
 from tokenwire_service.simulator import Simulator
 from tokenwire_service.upstream.client import Progress, UpstreamClient
 from tokenwire_service.upstream.dialect import Route
-from tokenwire_service.upstream.openai import OpenAI
+from tokenwire_service.upstream.dialects import chooser
 
 Simulated = tuple[Simulator, str]
 QUICK = Retries(backoff=0.001, backoff_cap=0.001)
@@ -301,13 +301,14 @@ async def test_the_silence_timer_does_not_depend_on_the_clock_having_moved(
 ) -> None:
     """A loop's timers may run a moment before the clock says so; that is no beat of the heart."""
     wanted = upstream(simulator[1], timeouts=UpstreamTimeouts(first_byte=0.05))
-    client = UpstreamClient(wanted, OpenAI(), Limits(), now=lambda: 0.0)
+    client = UpstreamClient(wanted, chooser(), Limits(), now=lambda: 0.0)
     ring = KeyRing(wanted)
     lease = ring.lease("m", 0.0)
     assert isinstance(lease, Lease)
     chat = request(extra_body_json=simulate(fault="stall_after_headers"))
     try:
-        encoded = client.dialect.encode(chat, Route(wanted, None, "m"), stream=True)
+        route = Route(wanted, None, "m")
+        encoded = client.dialect(route).encode(chat, route, stream=True)
         with pytest.raises(UpstreamFault) as caught:
             async with client.open(encoded, lease, Progress()) as opened:
                 await opened.read(math.inf)

@@ -210,7 +210,7 @@ async def test_a_defect_whose_text_holds_a_key_is_logged_without_it(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def broken(self: UpstreamClient, encoded: Any, lease: Lease, progress: Any) -> None:
-        raise ValueError(f"bad header {dict(self.dialect.headers(lease.key, None))}")
+        raise ValueError(f"bad header {dict(encoded.dialect.headers(lease.key, None))}")
 
     async def answer(asked: web.Request) -> web.StreamResponse:
         return completion()

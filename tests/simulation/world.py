@@ -92,7 +92,7 @@ class Dialect:
     """Requests need no encoding in this world; the call's name travels in their body."""
 
     def encode(self, chat: chat_service_pb2.ChatRequest, route: Route, *, stream: bool) -> Encoded:
-        return Encoded("/chat", chat.end_user_id.encode(), 0)
+        return Encoded(self, "/chat", chat.end_user_id.encode(), 0)
 
 
 # What a provider may do to a request, with its weight when it is in a bad mood.
@@ -125,7 +125,7 @@ class Provider:
 
     def __init__(self, world: World, upstream: Upstream) -> None:
         self.upstream = upstream
-        self.dialect = Dialect()
+        self.dialect = lambda route: Dialect()
         self.open_answers = 0
         self._world = world
         self._random = world.random

@@ -29,7 +29,7 @@ from tokenwire_service.config import (
     check,
     load,
 )
-from tokenwire_service.settings import OPENAI_UNSUPPORTED, PARAMETERS
+from tokenwire_service.settings import PARAMETERS
 from tokenwire_service.typed_yaml import MAX_DEPTH, convert, file_fields, unwrap
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +72,7 @@ def test_one_key_makes_one_upstream_that_takes_any_model() -> None:
     assert (upstream.name, upstream.passthrough) == ("openai", True)
     assert upstream.base_url == "https://api.openai.com/v1"
     assert [key.secret.reveal() for key in upstream.keys] == ["one"]
-    assert upstream.unsupported_parameters == OPENAI_UNSUPPORTED
+    assert upstream.unsupported_parameters is None, "its dialect knows"
     assert config.models == ()
     assert config.warnings == ()
 
@@ -91,7 +91,7 @@ def test_several_keys_organizations_and_another_host() -> None:
     assert [key.quota_group for key in upstream.keys] == [key.id for key in upstream.keys]
     assert upstream.organizations == ("org-1", "org-2")
     assert upstream.base_url == "http://localhost:8000/v1"
-    assert upstream.unsupported_parameters == frozenset()
+    assert upstream.unsupported_parameters is None
     repeated = upstream.keys[0].id
     assert config.warnings == (
         f"environment.OPENAI_API_KEY: {repeated} stands there again; the repetition is dropped",
@@ -148,7 +148,6 @@ def test_a_file_without_upstreams_keeps_that_of_the_environment() -> None:
     text = "log: {level: debug}\nmodels: {m: {upstream: openai}}"
     config = load_text(text, {"OPENAI_API_KEY": "one"})
     assert [u.name for u in config.upstreams] == ["openai"]
-    assert config.models[0].unsupported_parameters == OPENAI_UNSUPPORTED
     assert problems("log: {level: debug}", {}) == [
         "t.yaml:1: upstreams: got nothing, expected at least one, or OPENAI_API_KEY in the "
         "environment"
@@ -631,7 +630,7 @@ MALFORMED_UPSTREAMS: dict[str, tuple[str, list[str]]] = {
         "  '-': {base_url: http://u, keys: [{env: K}]}",
         [
             "3: upstreams.v.passthrough: got true, as at u, expected it at one upstream only",
-            '3: upstreams.v.dialect: got "other", expected one of openai',
+            '3: upstreams.v.dialect: got "other", expected one of auto, openai',
             f'4: upstreams.-: got "-", expected {NAME}',
         ],
     ),

@@ -44,7 +44,7 @@ class Provider:
 
     def __init__(self, upstream: Upstream, *scripts: Script) -> None:
         self.upstream = upstream
-        self.dialect = OpenAI()
+        self.dialect = lambda route: OpenAI()
         self.asked: list[tuple[str, str]] = []  # (key, model)
         self.running = 0
         self.usage: chat_pb2.Usage | None = None  # told at the end

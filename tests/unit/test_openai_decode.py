@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from tokenwire.v1 import chat_pb2, chat_service_pb2
 from tokenwire_service.errors import Fault, UpstreamFault
-from tokenwire_service.upstream import sse
-from tokenwire_service.upstream.openai import OpenAI
+from tokenwire_service.upstream import openai_answers, sse
 from tokenwire_service.upstream.openai_answers import OpenAIStream
 
 Event = chat_service_pb2.StreamChatResponse
@@ -620,8 +619,10 @@ def test_garbage_that_echoes_a_key_is_never_quoted_with_half_of_it() -> None:
 
 
 def test_an_answer_that_cannot_be_read_is_quoted_in_short() -> None:
-    assert fault_of(lambda: OpenAI().decode(b" Sure,\nhere ")).message.endswith(": 'Sure, here'")
-    long = fault_of(lambda: OpenAI().decode(b"word " * 100)).message
+    assert fault_of(lambda: openai_answers.decode(b" Sure,\nhere ")).message.endswith(
+        ": 'Sure, here'"
+    )
+    long = fault_of(lambda: openai_answers.decode(b"word " * 100)).message
     assert "word word" in long
     assert len(long) < 200
 
@@ -769,7 +770,7 @@ def test_annotations_count_characters() -> None:
 )
 def test_an_end_is_named_alike_both_ways(raw: str, name: str) -> None:
     assert read(A + chunk(choice(reason=raw)))["finish"] == {0: (name, raw)}
-    whole = OpenAI().decode(json.dumps(answer({"content": "a"}, raw)).encode()).choices[0]
+    whole = openai_answers.decode(json.dumps(answer({"content": "a"}, raw)).encode()).choices[0]
     assert Finish(whole.finish_reason) == f"FINISH_REASON_{name}"
     assert whole.finish_reason_raw == raw
 
@@ -780,7 +781,7 @@ def test_an_end_called_error_is_none() -> None:
         fault_of(lambda: read(A + chunk(choice(reason="error")) + DONE)).fault is Fault.SERVER_ERROR
     )
     body = json.dumps(answer({"content": "a"}, "error")).encode()
-    assert fault_of(lambda: OpenAI().decode(body)).fault is Fault.SERVER_ERROR
+    assert fault_of(lambda: openai_answers.decode(body)).fault is Fault.SERVER_ERROR
 
 
 # --- any chunk, any cutting -------------------------------------------------------------
@@ -866,11 +867,11 @@ def test_no_bytes_raise_anything_but_a_fault(payload: bytes, kind: str) -> None:
 @settings(max_examples=200)
 def test_no_whole_answer_raises_anything_but_a_fault(payload: Any) -> None:
     try:
-        OpenAI().decode(dumped(payload)).SerializeToString()
+        openai_answers.decode(dumped(payload)).SerializeToString()
     except UpstreamFault as fault:
         str(fault)
     try:
-        for model in OpenAI().decode_models(dumped(payload)):
+        for model in openai_answers.decode_models(dumped(payload)):
             model.SerializeToString()
     except UpstreamFault as fault:
         str(fault)
@@ -890,7 +891,7 @@ def test_however_deep_it_is_it_is_read_or_refused(place: str) -> None:
         made = f'{{"choices":[{{"index":0,"delta":{delta}{beside}}}]{end}}}'
         try:
             if place == "whole":
-                OpenAI().decode(made.encode())
+                openai_answers.decode(made.encode())
             else:
                 decode([data(made) + END])
             outcomes.add("read")
@@ -966,7 +967,7 @@ def answer(message: Any = None, reason: Any = "stop", **fields: Any) -> dict[str
 
 
 def whole(payload: Any, before: bytes = b"") -> chat_service_pb2.ChatResponse:
-    return OpenAI().decode(before + dumped(payload))
+    return openai_answers.decode(before + dumped(payload))
 
 
 def test_a_whole_answer_is_read() -> None:
@@ -1125,7 +1126,7 @@ WHOLE_REFUSED: dict[str, tuple[bytes, Fault]] = {
 @pytest.mark.parametrize("name", WHOLE_REFUSED)
 def test_a_whole_answer_is_refused_with_a_clear_fault(name: str) -> None:
     body, expected = WHOLE_REFUSED[name]
-    fault = fault_of(lambda: OpenAI().decode(body))
+    fault = fault_of(lambda: openai_answers.decode(body))
     assert fault.fault is expected
     assert len(str(fault)) < 300
 
@@ -1135,11 +1136,11 @@ def test_a_whole_answer_is_refused_with_a_clear_fault(name: str) -> None:
 
 def test_the_list_of_models_is_read_and_kept() -> None:
     entries = [{"id": "m", "owned_by": "o", "n": 9007199254740993}, {"id": "x\ud83d"}]
-    listed = OpenAI().decode_models(dumped({"data": [*entries, {"id": 7}, {}, "text"]}))
+    listed = openai_answers.decode_models(dumped({"data": [*entries, {"id": 7}, {}, "text"]}))
     assert [(m.name, m.upstream_model) for m in listed] == [("m", "m"), ("x\ufffd", "x\ufffd")]
     assert json.loads(listed[0].extra_json) == entries[0]
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"data":{}}', b"<html>", b"1"])
 def test_what_is_no_list_of_models_is_refused(body: bytes) -> None:
-    assert fault_of(lambda: OpenAI().decode_models(body)).fault is Fault.PROTOCOL
+    assert fault_of(lambda: openai_answers.decode_models(body)).fault is Fault.PROTOCOL

@@ -28,7 +28,7 @@ ToolChoice = chat_pb2.ToolChoice
 
 def route(
     base_url: str = "http://upstream.example/v1",
-    unsupported: frozenset[str] = frozenset(),
+    unsupported: frozenset[str] | None = None,
     **model: Any,
 ) -> Route:
     upstream = Upstream(name="u", base_url=base_url, keys=(), unsupported_parameters=unsupported)
@@ -202,7 +202,12 @@ def test_that_request_uses_every_field_there_is() -> None:
 def test_api_openai_com_gets_other_names() -> None:
     other = everywhere()
     official = Route(
-        Upstream(name="u", base_url="https://api.openai.com/v1", keys=()),
+        Upstream(
+            name="u",
+            base_url="https://api.openai.com/v1",
+            keys=(),
+            unsupported_parameters=frozenset(),
+        ),
         other.model,
         other.model_name,
     )

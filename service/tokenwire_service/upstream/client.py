@@ -19,13 +19,14 @@ from typing import Any
 
 import aiohttp
 from aiohttp.http_exceptions import ContentEncodingError
+from yarl import URL
 
 from tokenwire.v1 import chat_pb2, chat_service_pb2, model_service_pb2
 from tokenwire_service.config import Limits, Upstream
 from tokenwire_service.errors import Fault, UpstreamFault
 from tokenwire_service.keyring import Lease
 from tokenwire_service.upstream import sse
-from tokenwire_service.upstream.dialect import Dialect, Encoded, StreamDecoder
+from tokenwire_service.upstream.dialect import Dialect, Encoded, Route, StreamDecoder
 
 _ERROR_BODY_BYTES = 64 * 1024  # what is read of an error answer; those recorded take a few kB
 _KEEPALIVE_SECONDS = (
@@ -51,13 +52,13 @@ class UpstreamClient:
     def __init__(
         self,
         upstream: Upstream,
-        dialect: Dialect,
+        dialect: Callable[[Route], Dialect],
         limits: Limits,
         *,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.upstream = upstream
-        self.dialect = dialect
+        self.dialect = dialect  # of a route that leads here
         self._limits = limits
         self._now = now
         self._base = upstream.base_url.rstrip("/")
@@ -74,15 +75,17 @@ class UpstreamClient:
         self, encoded: Encoded, lease: Lease, progress: Progress
     ) -> chat_service_pb2.ChatResponse:
         """The whole plain answer."""
-        async with self._request("POST", encoded, lease, progress) as response:
+        async with self._request(encoded, lease, progress) as response:
             body = await self._body(response, self._limits.upstream_answer_bytes)
-        return self.dialect.decode(body)
+        return encoded.dialect.decode(encoded, body)
 
-    async def models(self, lease: Lease, progress: Progress) -> list[model_service_pb2.Model]:
+    async def models(
+        self, encoded: Encoded, lease: Lease, progress: Progress
+    ) -> list[model_service_pb2.Model]:
         """The upstream's own model list."""
-        async with self._request("GET", Encoded("/models", b""), lease, progress) as response:
+        async with self._request(encoded, lease, progress) as response:
             body = await self._body(response, self._limits.upstream_answer_bytes)
-        return self.dialect.decode_models(body)
+        return encoded.dialect.decode_models(body)
 
     @asynccontextmanager
     async def open(
@@ -90,10 +93,10 @@ class UpstreamClient:
     ) -> AsyncIterator[Answer]:
         """A stream, closed on leaving: an unfinished one closes its connection, so the upstream
         stops generating."""
-        async with self._request("POST", encoded, lease, progress) as response:
+        async with self._request(encoded, lease, progress) as response:
             answer = Answer(
                 response,
-                self.dialect.stream_decoder(encoded.choices),
+                encoded.dialect.stream_decoder(encoded),
                 self._limits,
                 self.upstream.timeouts.first_byte,
                 self.upstream.timeouts.idle,
@@ -104,11 +107,12 @@ class UpstreamClient:
 
     @asynccontextmanager
     async def _request(
-        self, method: str, encoded: Encoded, lease: Lease, progress: Progress
+        self, encoded: Encoded, lease: Lease, progress: Progress
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         headers = {
             **self.upstream.headers,
-            **self.dialect.headers(lease.key, lease.organization),
+            **encoded.headers,
+            **encoded.dialect.headers(lease.key, lease.organization),
             "Accept-Encoding": "identity",
         }
         if encoded.body:
@@ -119,8 +123,8 @@ class UpstreamClient:
             try:
                 async with asyncio.timeout(timeouts.first_byte):
                     response = await self._connected().request(
-                        method,
-                        self._base + encoded.path,
+                        "POST" if encoded.body else "GET",
+                        URL(self._base + encoded.path, encoded=True),
                         data=encoded.body or None,
                         headers=headers,
                         allow_redirects=False,
@@ -134,7 +138,7 @@ class UpstreamClient:
                     if remaining.isascii() and remaining.isdigit():
                         progress.remaining_requests = int(remaining[:12])
                     if response.status != 200:
-                        raise await self._refusal(response)
+                        raise await self._refusal(encoded.dialect, response)
                     kind = response.content_type
                     if kind in ("text/html", "application/xhtml+xml"):
                         raise UpstreamFault(
@@ -182,7 +186,7 @@ class UpstreamClient:
                 response.close()
                 self.open_answers -= 1
 
-    async def _refusal(self, response: aiohttp.ClientResponse) -> UpstreamFault:
+    async def _refusal(self, dialect: Dialect, response: aiohttp.ClientResponse) -> UpstreamFault:
         headers = {name.lower(): value for name, value in response.headers.items()}
         if 300 <= response.status < 400:
             return UpstreamFault(
@@ -196,7 +200,7 @@ class UpstreamClient:
                 body += more
         except aiohttp.ClientError:
             body = b""
-        fault = self.dialect.classify(response.status, headers, body)
+        fault = dialect.classify(response.status, headers, body)
         fault.http_status = response.status
         return fault
 

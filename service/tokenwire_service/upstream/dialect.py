@@ -8,12 +8,13 @@ answer names a date (`retry-after`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
+from urllib.parse import quote
 
 from tokenwire.v1 import chat_pb2, chat_service_pb2, model_service_pb2
 from tokenwire_service.config import Key, Model, Upstream
-from tokenwire_service.errors import UpstreamFault
+from tokenwire_service.errors import UpstreamFault, Violation, invalid
 from tokenwire_service.upstream import sse
 
 
@@ -31,14 +32,21 @@ class Route:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One HTTP request, the same for every attempt and key. `path` follows the base URL."""
+    """One HTTP request, the same for every attempt and key, and the dialect that reads its answer.
 
+    `path` follows the base URL; it is a valid URL's path with its query, already escaped.
+    """
+
+    dialect: Dialect
     path: str
-    body: bytes
+    body: bytes  # empty: a GET, else a POST of JSON
     max_completion_tokens: int = 0  # the cap in force, 0 when none was sent
     dropped: tuple[str, ...] = ()  # proto paths of fields that were left out
     stop: tuple[str, ...] = ()  # strings that must not be part of the text
     choices: int = 1  # answers asked for
+    headers: Mapping[str, str] = field(default_factory=dict)  # of this request; no secrets
+    # What the reader of the answer must know of the request, in the dialect's own words.
+    notes: frozenset[str] = frozenset()
 
 
 class StreamDecoder(Protocol):
@@ -66,7 +74,8 @@ class StreamDecoder(Protocol):
 
 
 class Dialect(Protocol):
-    """One provider language."""
+    """One provider language. Stateless: one instance serves every call. Those who implement it
+    name it as their base, so that types are checked where they are written."""
 
     def encode(self, chat: chat_service_pb2.ChatRequest, route: Route, *, stream: bool) -> Encoded:
         """The HTTP request. Raises GatewayError with paths relative to `chat`."""
@@ -74,14 +83,25 @@ class Dialect(Protocol):
     def headers(self, key: Key, organization: str | None) -> Mapping[str, str]:
         """The headers that authenticate `key`. Secret: never logged."""
 
-    def decode(self, body: bytes) -> chat_service_pb2.ChatResponse:
-        """A whole answer. Raises UpstreamFault."""
+    def decode(self, encoded: Encoded, body: bytes) -> chat_service_pb2.ChatResponse:
+        """A whole answer to that request. Raises UpstreamFault."""
 
-    def stream_decoder(self, choices: int = 1) -> StreamDecoder:
-        """A decoder for one answer of so many choices."""
+    def stream_decoder(self, encoded: Encoded) -> StreamDecoder:
+        """A decoder for one streamed answer to that request."""
 
     def classify(self, status: int, headers: Mapping[str, str], body: bytes) -> UpstreamFault:
         """What a non-200 answer means."""
 
+    def list_models(self, upstream: Upstream) -> Encoded | None:
+        """The request for the provider's own model list; None if there is no such list."""
+
     def decode_models(self, body: bytes) -> list[model_service_pb2.Model]:
-        """The provider's own model list. Raises UpstreamFault."""
+        """The answer to it. Raises UpstreamFault."""
+
+
+def path_segment(model_name: str) -> str:
+    """A model's name as one segment of a path: callers choose it, and must not choose the path.
+    Raises GatewayError for names that no escape can hold there."""
+    if model_name in (".", ".."):
+        raise invalid(Violation("model", f"got {model_name!r}, expected a model's name"))
+    return quote(model_name, safe="")

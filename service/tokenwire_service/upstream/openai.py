@@ -8,13 +8,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tokenwire.v1 import chat_pb2, chat_service_pb2, model_service_pb2
-from tokenwire_service.config import Key
+from tokenwire_service.config import Key, Upstream
 from tokenwire_service.errors import UpstreamFault, Violation, invalid
+from tokenwire_service.settings import OPENAI_UNSUPPORTED
 from tokenwire_service.upstream import json_text, openai_answers
 from tokenwire_service.upstream.classify import classify
-from tokenwire_service.upstream.dialect import Encoded, Route
+from tokenwire_service.upstream.dialect import Dialect, Encoded, Route
 from tokenwire_service.upstream.json_text import patched, raw_object
-from tokenwire_service.upstream.request import Turn, parameters, turns
+from tokenwire_service.upstream.request import Turn, Unsupported, parameters, turns
 
 # GenerationParams fields whose name upstream is another one, or that need their own encoding.
 _PLAIN_PARAMS = (
@@ -34,8 +35,8 @@ _PLAIN_PARAMS = (
 _TYPED_ONLY = ("model", "messages", "stream")  # of the upstream body
 
 
-class OpenAI:
-    """The dialect. Stateless; one instance serves every call."""
+class OpenAI(Dialect):
+    """The dialect."""
 
     # --- request ------------------------------------------------------------------------
 
@@ -46,7 +47,9 @@ class OpenAI:
             "model": route.model_name,
             "messages": [_encode_turn(turn) for turn in turns(chat, route)],
         }
-        effective = parameters(chat, route)
+        unsupported = Unsupported(chat, route)
+        usual = OPENAI_UNSUPPORTED if official else frozenset()
+        effective = parameters(chat, route, unsupported, usual=usual)
         params, limit = effective.params, effective.max_completion_tokens
         for name in _PLAIN_PARAMS:
             if params.HasField(name):  # type: ignore[arg-type]  # a name of the table above
@@ -82,10 +85,11 @@ class OpenAI:
         if chat.extra_body_json:
             body = patched(body, chat.extra_body_json, "extra_body_json", _TYPED_ONLY)
         return Encoded(
+            self,
             "/chat/completions",
             json_text.encode(body),
             limit,
-            effective.dropped,
+            unsupported.settle(),
             tuple(params.stop),
             params.choice_count or 1,
         )
@@ -99,17 +103,21 @@ class OpenAI:
 
     # --- answer -------------------------------------------------------------------------
 
-    def decode(self, body: bytes) -> chat_service_pb2.ChatResponse:
+    def decode(self, encoded: Encoded, body: bytes) -> chat_service_pb2.ChatResponse:
         """A whole answer, tolerant in form and strict in substance."""
         return openai_answers.decode(body)
 
-    def stream_decoder(self, choices: int = 1) -> openai_answers.OpenAIStream:
+    def stream_decoder(self, encoded: Encoded) -> openai_answers.OpenAIStream:
         """A decoder for one stream of chat.completion.chunk objects."""
-        return openai_answers.OpenAIStream(choices)
+        return openai_answers.OpenAIStream(encoded.choices)
 
     def classify(self, status: int, headers: Mapping[str, str], body: bytes) -> UpstreamFault:
         """What a non-200 answer means."""
         return classify(status, headers, body)
+
+    def list_models(self, upstream: Upstream) -> Encoded | None:
+        """GET /models."""
+        return Encoded(self, "/models", b"")
 
     def decode_models(self, body: bytes) -> list[model_service_pb2.Model]:
         """GET /models."""

@@ -35,13 +35,48 @@ class Turn:
 class Parameters:
     """The caller's parameters over the model's defaults, without what the upstream does not take.
 
-    `max_completion_tokens`: the cap in force, 0 for none. `dropped`: proto paths of what the
-    caller asked for and does not get.
+    `max_completion_tokens`: the cap in force, 0 for none.
     """
 
     params: chat_pb2.GenerationParams
     max_completion_tokens: int
-    dropped: tuple[str, ...]
+
+
+class Unsupported:
+    """What an upstream does not take of one request: nothing of it is lost in silence."""
+
+    def __init__(self, chat: chat_service_pb2.ChatRequest, route: Route) -> None:
+        self._upstream = route.upstream.name
+        policy = chat.unsupported_parameter_policy
+        self._may_leave_out = policy == chat_service_pb2.UNSUPPORTED_PARAMETER_POLICY_DROP
+        self._left_out: list[str] = []
+        self._refused: list[Violation] = []
+
+    def leave_out(self, path: str) -> None:
+        """A field that shapes the answer: left out where the caller allows it, else refused."""
+        if self._may_leave_out:
+            self._left_out.append(path)
+        else:
+            self._refused.append(
+                Violation(
+                    path,
+                    f"upstream {self._upstream} does not take it; "
+                    "set unsupported_parameter_policy to DROP to leave it out",
+                )
+            )
+
+    def refuse(self, path: str, expected: str = "") -> None:
+        """A field without which the request would be another one: what is said, a tool."""
+        why = f"upstream {self._upstream} does not take it"
+        self._refused.append(Violation(path, f"{why}, expected {expected}" if expected else why))
+
+    def settle(self) -> tuple[str, ...]:
+        """The proto paths of what was left out. Raises UNSUPPORTED_PARAMETER for what was refused,
+        all of it at once: to be called when everything has been encoded."""
+        if self._refused:
+            reason = error_reason_pb2.ERROR_REASON_UNSUPPORTED_PARAMETER
+            raise invalid(*self._refused, reason=reason)
+        return tuple(self._left_out)
 
 
 def turns(chat: chat_service_pb2.ChatRequest, route: Route) -> list[Turn]:
@@ -75,8 +110,19 @@ def turns(chat: chat_service_pb2.ChatRequest, route: Route) -> list[Turn]:
     return found
 
 
-def parameters(chat: chat_service_pb2.ChatRequest, route: Route) -> Parameters:
-    """The parameters to send. Raises UNSUPPORTED_PARAMETER unless the caller lets them go."""
+def parameters(
+    chat: chat_service_pb2.ChatRequest,
+    route: Route,
+    unsupported: Unsupported,
+    *,
+    never: frozenset[str] = frozenset(),
+    usual: frozenset[str] = frozenset(),
+) -> Parameters:
+    """The parameters to send; what is not goes to `unsupported`.
+
+    Fields of GenerationParams: the dialect has no words for those in `never`, and its providers
+    do not take those in `usual` unless the configuration of the upstream says otherwise.
+    """
     params = chat_pb2.GenerationParams()
     if route.model is not None:
         params.CopyFrom(route.model.defaults)
@@ -85,12 +131,22 @@ def parameters(chat: chat_service_pb2.ChatRequest, route: Route) -> Parameters:
     if chat.params.logit_bias:
         params.logit_bias.clear()
     params.MergeFrom(chat.params)
-    dropped = _drop_unsupported(params, chat, route)
+    configured = route.upstream.unsupported_parameters
+    without = never | (usual if configured is None else configured)
+    if route.model is not None:
+        without = without | route.model.unsupported_parameters
+    # A default of the configuration is dropped without a word: the caller never named it.
+    asked = {descriptor.name for descriptor, _ in chat.params.ListFields()}
+    for name in sorted(descriptor.name for descriptor, _ in params.ListFields()):
+        if name in without:
+            params.ClearField(name)  # type: ignore[arg-type]  # names come from the descriptor
+            if name in asked:
+                unsupported.leave_out(f"params.{name}")
     cap = (route.model.max_completion_tokens or 0) if route.model is not None else 0
     limit = 0
     if params.HasField("max_completion_tokens"):
         limit = min(params.max_completion_tokens, cap or INT32_MAX)
-    return Parameters(params, limit, dropped)
+    return Parameters(params, limit)
 
 
 def _role(
@@ -127,38 +183,3 @@ def _turn(
 def _is_plain(message: chat_pb2.ChatMessage) -> bool:
     """Whether a message is a role and a text and nothing else."""
     return all(descriptor.name in ("role", "content") for descriptor, _ in message.ListFields())
-
-
-def _drop_unsupported(
-    params: chat_pb2.GenerationParams, chat: chat_service_pb2.ChatRequest, route: Route
-) -> tuple[str, ...]:
-    """Clears what the upstream does not take; refuses instead unless the caller allows it.
-
-    A default of the configuration is dropped without asking: the caller never named it.
-    """
-    unsupported = route.upstream.unsupported_parameters
-    if route.model is not None:
-        unsupported = unsupported | route.model.unsupported_parameters
-    named = sorted(
-        descriptor.name for descriptor, _ in params.ListFields() if descriptor.name in unsupported
-    )
-    asked = {descriptor.name for descriptor, _ in chat.params.ListFields()}
-    refused = [name for name in named if name in asked]
-    if (
-        refused
-        and chat.unsupported_parameter_policy != chat_service_pb2.UNSUPPORTED_PARAMETER_POLICY_DROP
-    ):
-        raise invalid(
-            *(
-                Violation(
-                    f"params.{name}",
-                    f"upstream {route.upstream.name} does not take it; "
-                    "set unsupported_parameter_policy to DROP to leave it out",
-                )
-                for name in refused
-            ),
-            reason=error_reason_pb2.ERROR_REASON_UNSUPPORTED_PARAMETER,
-        )
-    for name in named:
-        params.ClearField(name)  # type: ignore[arg-type]  # names come from the descriptor
-    return tuple(f"params.{name}" for name in refused)
