@@ -61,16 +61,30 @@ build/npm/.complete: tests/aimock/package.json tests/aimock/package-lock.json te
 	@if npm ci --prefix $(@D) --prefer-offline --ignore-scripts --no-audit --no-fund --loglevel=error >/dev/null; \
 	then touch $@; else echo "npm cannot install aimock: its tests fail in CI and are skipped elsewhere"; test -z "$${CI:-}"; fi
 
+# --- clients ------------------------------------------------------------------------
+# Each client but Python's has a Makefile of its own with the targets: available (fails without
+# its toolchain), setup, generate, check, test, package, conformance, conformance-command.
+
+CLIENTS := $(patsubst clients/%/Makefile,%,$(wildcard clients/*/Makefile))
+in-clients = for client in $(CLIENTS); do \
+	if $(MAKE) --silent -C clients/$$client available; then $(MAKE) --silent -C clients/$$client $(1) || exit 1; \
+	else echo "SKIPPED clients/$$client: its toolchain is not installed"; test -z "$${CI:-}" || exit 1; fi; done
+
+.PHONY: conformance
+conformance: $(BIN)/.complete $(CONTRACT)/.complete ## Run every client against one gateway; writes docs/conformance.md
+	@PYTHONPATH=tests $(BIN)/python -m conformance.driver $(if $(ARGS),$(ARGS),--write docs/conformance.md)
+
 # --- contract -----------------------------------------------------------------------
 
 .PHONY: generate
-generate: $(CONTRACT)/.complete ## Generate the Python stubs from protos/
+generate: $(CONTRACT)/.complete ## Generate every client's stubs from protos/
 	@rm -f $(STUBS)/tokenwire/v1/*_pb2*
 	@PATH="$(CURDIR)/$(CBIN):$$PATH" $(CBIN)/python -m grpc_tools.protoc -Iprotos -I$(INCLUDE) \
 		--python_out=$(STUBS) --grpc_python_out=$(STUBS) \
 		--mypy_out=$(STUBS) --mypy_grpc_out=$(STUBS) $(PROTOS)
 	@for proto in $(PROTOS); do stub=$${proto#protos/}; stub=$(STUBS)/$${stub%.proto}_pb2_grpc; \
 		grep -q '^service ' $$proto || rm -f $$stub.py $$stub.pyi; done
+	@$(call in-clients,generate)
 
 .PHONY: check-contract
 check-contract: $(CONTRACT)/.complete
@@ -97,8 +111,9 @@ check: $(BIN)/.complete $(CONTRACT)/.complete check-contract ## Everything CI ch
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	@$(call in-clients,check)
 	@$(MAKE) generate
-	@dirty=$$(git status --porcelain -- $(STUBS)/tokenwire/v1); if [ -n "$$dirty" ]; then \
+	@dirty=$$(git status --porcelain -- clients); if [ -n "$$dirty" ]; then \
 		echo "Generated code differs from what is committed: run 'make generate' and commit it."; echo "$$dirty"; exit 1; fi
 	@if [ -n "$${CI:-}" ] && [ -n "$$(git status --porcelain)" ]; then \
 		echo "The checks left the tree dirty:"; git status --short; exit 1; fi
@@ -107,6 +122,7 @@ check: $(BIN)/.complete $(CONTRACT)/.complete check-contract ## Everything CI ch
 .PHONY: test
 test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete ## Run every test (ARGS="-k name" narrows)
 	$(BIN)/pytest $(ARGS)
+	@$(if $(ARGS),,$(call in-clients,test))
 
 .PHONY: compatibility
 compatibility: $(BIN)/.complete ## Write docs/compatibility.md from ../shared/corpus
