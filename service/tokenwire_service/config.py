@@ -7,6 +7,7 @@ is in `settings`; here it is loaded, and checked where one field alone cannot te
 import hashlib
 import json
 import re
+import ssl
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,10 +16,11 @@ import msgspec
 from msgspec import UNSET
 
 from tokenwire_service.providers import DIALECTS, matches
-from tokenwire_service.secret import Secret
+from tokenwire_service.secret import Digest, Secret
 from tokenwire_service.settings import (
     OPENAI_BASE_URL,
     OPENAI_UNSUPPORTED,
+    Caller,
     Config,
     Drain,
     Key,
@@ -31,6 +33,8 @@ from tokenwire_service.settings import (
     OrganizationSource,
     Retries,
     Timeouts,
+    Tls,
+    TokenSource,
     Upstream,
     UpstreamTimeouts,
     Url,
@@ -39,6 +43,7 @@ from tokenwire_service.typed_yaml import Place, Reader, convert, did_you_mean, q
 from tokenwire_service.validation import KNOWN_ROLES
 
 __all__ = [
+    "Caller",
     "Config",
     "ConfigError",
     "ConfigFileError",
@@ -50,6 +55,7 @@ __all__ = [
     "Retries",
     "Secret",
     "Timeouts",
+    "Tls",
     "Upstream",
     "UpstreamTimeouts",
     "check",
@@ -130,6 +136,7 @@ class _Loading:
         config = msgspec.structs.replace(
             config,
             listen=self._listen(listen, config.listen),
+            tls=self._absolute(config.tls),
             upstreams=upstreams,
         )
         config = msgspec.structs.replace(config, models=tuple(self._models(config)))
@@ -217,8 +224,10 @@ class _Loading:
 
     # --- secrets --------------------------------------------------------------------
 
-    def _expand(self, source: KeySource | OrganizationSource, place: Place) -> list[Any]:
-        """Turn an element of `keys` or `organizations` into what it stands for."""
+    def _expand(
+        self, source: KeySource | OrganizationSource | TokenSource, place: Place
+    ) -> list[Any]:
+        """Turn an element of `keys`, `organizations` or `tokens` into what it stands for."""
         env, place_of_env = source.env, (*place, "env")
         if isinstance(source, OrganizationSource):
             return self._organizations(env, place_of_env) if env else []
@@ -227,11 +236,28 @@ class _Loading:
             got = "both env and file" if written else "neither env nor file"
             self._reader.problem(place, got, "one of them")
             return []
+        texts: list[str] = []
         if env:
-            return list(self._keys(source, self._environment_texts(env, place_of_env), place))
-        if source.file:
-            return list(self._keys(source, self._file_texts(source.file, (*place, "file")), place))
-        return []
+            texts = self._environment_texts(env, place_of_env)
+        elif source.file:
+            texts = self._file_texts(source.file, (*place, "file"))
+        if isinstance(source, TokenSource):
+            return self._tokens(texts, place)
+        return list(self._keys(source, texts, place))
+
+    def _tokens(self, texts: list[str], place: Place) -> list[Digest]:
+        digests = []
+        for text in texts:
+            if not re.fullmatch(r"[!-~]{8,4096}", text):
+                got = "a token that is too short, too long, or has an unprintable character"
+                expected = "8 to 4096 visible ASCII characters"
+                self._reader.problem(place, f"{got} (not shown)", expected)
+                return []
+            hexadecimal = re.fullmatch(r"sha256:([0-9a-fA-F]{64})", text)
+            digests.append(
+                Digest(bytes.fromhex(hexadecimal[1])) if hexadecimal else Digest.of(text)
+            )
+        return digests
 
     def _keys(self, source: KeySource, texts: list[str], place: Place) -> Iterator[Key]:
         if not all(re.fullmatch(r"[!-~]{1,4096}", text) for text in texts):
@@ -301,6 +327,17 @@ class _Loading:
             return []
 
     # --- what fields cannot say alone -------------------------------------------------
+
+    def _absolute(self, tls: Tls | None) -> Tls | None:
+        """With paths relative to the file made whole."""
+        if tls is None or self._path is None:
+            return tls
+        folder, authorities = self._path.parent, tls.client_authorities
+        return Tls(
+            certificate=str(folder / tls.certificate),
+            key=str(folder / tls.key),
+            client_authorities=str(folder / authorities) if authorities else None,
+        )
 
     def _models(self, config: Config) -> Iterator[Model]:
         upstreams = {upstream.name: upstream for upstream in config.upstreams}
@@ -393,13 +430,60 @@ class _Loading:
                 if lower.index(name.lower()) < index:
                     where = ("upstreams", upstream.name, "headers", name)
                     self._reader.problem(where, "this header again", "it once, in any case")
+        self._check_callers(config)
+        if config.tls is not None:
+            self._check_tls(config.tls)
         used = {model.upstream for model in config.models} | {u.name for u in through}
         for upstream in config.upstreams:
             if upstream.name not in used:
                 self._warn(("upstreams", upstream.name), "no model and no passthrough leads here")
 
+    def _check_callers(self, config: Config) -> None:
+        owners: dict[Digest | str, str] = {}
+        for caller in config.callers:
+            place: Place = ("callers", caller.name)
+            written = (*place, "tokens") in self._reader.positions
+            if not caller.tokens and not caller.certificates and not written:
+                self._reader.problem(place, "neither tokens nor certificates", "one of them")
+            if caller.certificates and (config.tls is None or not config.tls.client_authorities):
+                expected = "tls.client_authorities, which vouch for them"
+                self._reader.problem((*place, "certificates"), "names without it", expected)
+            named: tuple[tuple[str, tuple[Digest | str, ...]], ...] = (
+                ("tokens", caller.tokens),
+                ("certificates", caller.certificates),
+            )
+            for what, many in named:
+                for each in dict.fromkeys(many):
+                    if each in owners:
+                        got = f"one that caller {owners[each]} has too"
+                        self._reader.problem((*place, what), got, "each at one caller only")
+                    owners.setdefault(each, caller.name)
+
+    def _check_tls(self, tls: Tls) -> None:
+        """That the files are what they should be, as OpenSSL sees it."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            context.load_cert_chain(tls.certificate, tls.key, password="")
+        except (OSError, ValueError) as error:
+            got = f"files that cannot be used ({_reason(error)})"
+            expected = "a certificate chain and its private key, PEM, without a password"
+            self._reader.problem(("tls",), got, expected)
+        if tls.client_authorities is None:
+            return
+        try:
+            context.load_verify_locations(tls.client_authorities)
+        except (OSError, ValueError) as error:
+            got = f"a file that cannot be used ({_reason(error)})"
+            self._reader.problem(("tls", "client_authorities"), got, "certificates, PEM")
+
     def _warn(self, place: Place, text: str) -> None:
         self._warnings.append(f"{self._reader.where(place)}: {text}")
+
+
+def _reason(error: Exception) -> str:
+    """What OpenSSL or the system says, without the path."""
+    reason = getattr(error, "reason", None) or getattr(error, "strerror", None)
+    return str(reason or type(error).__name__).lower().replace("_", " ")
 
 
 class _UnreadableError(Exception):
@@ -455,5 +539,8 @@ def _summary(config: Config) -> Iterator[str]:
     for upstream in config.upstreams:
         if upstream.passthrough:
             yield f"model      any other name -> {upstream.name}"
+    for caller in config.callers:
+        models = f"  models {', '.join(caller.models)}" if caller.models else ""
+        yield f"caller     {caller.name}{models}"
     for warning in config.warnings:
         yield f"warning    {warning}"

@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from tokenwire.v1 import chat_pb2, error_reason_pb2
+from tokenwire_service.callers import Callers, Tenant
 from tokenwire_service.errors import GatewayError, Violation, invalid
 from tokenwire_service.gateway import printable
 from tokenwire_service.telemetry import CallEvent, Observer
@@ -49,6 +50,7 @@ class CallContext:
         self._max_message_bytes = max_message_bytes
         self.request_id = request_id
         self.started = started
+        self.tenant = Tenant()  # who calls; filled before any servicer sees this
         self.labels: dict[str, str] = {}
         self.model = ""  # filled by the servicer, for the log
         self.attempts = 0
@@ -106,8 +108,10 @@ class Boundary(grpc.aio.ServerInterceptor):
         logger: logging.Logger,
         max_message_bytes: int,
         *,
+        callers: Callers | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._callers = callers or Callers(())
         self._observer = observer
         self._logger = logger
         self._max_message_bytes = max_message_bytes
@@ -130,16 +134,22 @@ class Boundary(grpc.aio.ServerInterceptor):
         if handler is None or not handler_call_details.method.startswith(_PREFIX):
             return handler
         method = handler_call_details.method
-        request_id = _request_id(handler_call_details.invocation_metadata)
+        metadata = tuple(handler_call_details.invocation_metadata or ())
+        read = handler.request_deserializer
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                self._wrap(handler.unary_stream, handler.request_deserializer, method, request_id)
+                self._wrap(handler.unary_stream, read, method, metadata)
             )
         return grpc.unary_unary_rpc_method_handler(
-            self._wrap(handler.unary_unary, handler.request_deserializer, method, request_id)
+            self._wrap(handler.unary_unary, read, method, metadata)
         )
 
-    def _wrap(self, handler: Handler, read: Read, method: str, request_id: str) -> Handler:
+    def _wrap(
+        self, handler: Handler, read: Read, method: str, metadata: Sequence[tuple[str, Any]]
+    ) -> Handler:
+        request_id = _request_id(metadata)
+        authorization = [str(value) for name, value in metadata if name == "authorization"]
+
         # Any: grpc types handlers as sync ones, or as generators.
         async def wrapped(request: Any, context: Context) -> Any:
             call = CallContext(context, request_id, self._now(), self._max_message_bytes)
@@ -148,6 +158,7 @@ class Boundary(grpc.aio.ServerInterceptor):
             answer = None
             error: GatewayError | None = None
             try:
+                call.tenant = self._callers.identify(authorization, _certificate(context))
                 message = await handler(_parsed(read, request), call)
                 if message is not None:  # streams have written theirs
                     answer = call.pack(message)
@@ -221,6 +232,7 @@ class Boundary(grpc.aio.ServerInterceptor):
                 call.usage.estimated,
                 self._now() - call.started,
                 call.labels,
+                call.tenant.name,
             )
         )
 
@@ -317,6 +329,13 @@ def trailers(error: GatewayError, request_id: str) -> tuple[tuple[str, str | byt
         ("grpc-retry-pushback-ms", pushback),
         ("x-request-id", request_id),
     )
+
+
+def _certificate(context: Context) -> list[str]:
+    """The names in the caller's certificate; none without one."""
+    found = context.auth_context()
+    names = (*found.get("x509_subject_alternative_name", ()), *found.get("x509_common_name", ()))
+    return [name.decode("utf-8", "replace") for name in names]
 
 
 def _request_id(metadata: Any) -> str:

@@ -1,5 +1,6 @@
 """A text that never shows itself, nor in the texts of others."""
 
+import hashlib
 import hmac
 import json
 from collections.abc import Iterable
@@ -54,6 +55,32 @@ class Secret:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a Secret cannot be pickled")
+
+
+@final
+class Digest:
+    """What is kept of a secret that need only be recognised. Compares in constant time."""
+
+    __slots__ = ("__value",)
+
+    def __init__(self, sha256: bytes) -> None:
+        self.__value = sha256
+
+    @classmethod
+    def of(cls, text: str) -> "Digest":
+        """The digest of a secret with as much chance in it as a token has: it needs no salt."""
+        return cls(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+
+    def __repr__(self) -> str:
+        return "Digest(***)"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Digest):
+            return NotImplemented
+        return hmac.compare_digest(self.__value, other.__value)
+
+    def __hash__(self) -> int:
+        return hash((Digest, self.__value))
 
 
 class Scrubber:

@@ -25,6 +25,8 @@ from tokenwire.v1 import (
     tokenizer_service_pb2_grpc,
 )
 from tokenwire_service.admission import Admission
+from tokenwire_service.callers import Callers
+from tokenwire_service.certificates import Certificates
 from tokenwire_service.config import Config, Upstream
 from tokenwire_service.gateway import Gateway
 from tokenwire_service.interceptors import Boundary
@@ -130,7 +132,8 @@ async def serving(
         )
         counter = TokenCounter(config.limits.tokenizer_bytes)
         stack.callback(counter.close)
-        boundary = Boundary(observer, logger, config.limits.message_bytes)
+        callers = Callers(config.callers)
+        boundary = Boundary(observer, logger, config.limits.message_bytes, callers=callers)
         server = grpc.aio.server(
             interceptors=(boundary,),
             options=(
@@ -156,7 +159,7 @@ async def serving(
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         if config.reflection:
             _add_reflection(server)
-        address = _listen(server, config.listen)
+        address = _listen(server, config, logger)
         await server.start()
         stack.push_async_callback(server.stop, grace)
         for name in ("", *SERVICES):
@@ -232,12 +235,19 @@ def _bulkhead(config: Config, upstream: Upstream) -> Admission:
     return Admission(slots, config.limits.queue, time.monotonic)
 
 
-def _listen(server: grpc.aio.Server, listen: str) -> str:
+def _listen(server: grpc.aio.Server, config: Config, logger: logging.Logger) -> str:
     """Opens the port; the address, with the number that was really bound for port 0."""
+    listen = config.listen
     if listen.startswith("unix:") and _is_served(listen.removeprefix("unix:").removeprefix("//")):
         raise ListenError(f"cannot listen on {listen}: another process serves there")
     try:
-        port = server.add_insecure_port(listen)
+        if config.tls is not None:
+            certificates = Certificates(config.tls, logger)
+            port = server.add_secure_port(listen, certificates.credentials())
+        else:
+            port = server.add_insecure_port(listen)
+    except (OSError, ValueError) as error:
+        raise ListenError(f"cannot listen on {listen}: tls: {error}") from error
     except RuntimeError as error:
         hint = "is it in use? --listen takes another"
         raise ListenError(f"cannot listen on {listen}: {hint}") from error

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from tokenwire.v1 import (
@@ -16,7 +17,7 @@ from tokenwire.v1 import (
 )
 from tokenwire_service.config import Config
 from tokenwire_service.errors import GatewayError
-from tokenwire_service.gateway import Call, Gateway
+from tokenwire_service.gateway import Call, Gateway, estimate
 from tokenwire_service.interceptors import (
     CallContext,
     callers_cancel,
@@ -52,10 +53,8 @@ class ChatServicer:
         context.model, context.labels = request.model, dict(request.labels)
         check(request)
         call = begin(request, context, self._config, self._now)
-        try:
+        with admitted(call, context):
             return await self._gateway.chat(call)
-        finally:
-            context.account(len(call.attempts), call.usage)
 
     async def StreamChat(  # noqa: N802
         self, request: chat_service_pb2.StreamChatRequest, context: CallContext
@@ -65,16 +64,15 @@ class ChatServicer:
         check(request)
         call = begin(request.chat, context, self._config, self._now)
         try:
-            await self._gateway.stream(
-                call,
-                context.write,
-                cumulative=request.mode == chat_service_pb2.STREAM_MODE_CUMULATIVE,
-                max_delay=request.max_delay.ToNanoseconds() / 1e9,
-            )
+            with admitted(call, context):
+                await self._gateway.stream(
+                    call,
+                    context.write,
+                    cumulative=request.mode == chat_service_pb2.STREAM_MODE_CUMULATIVE,
+                    max_delay=request.max_delay.ToNanoseconds() / 1e9,
+                )
         except GatewayError as error:
             raise _under("chat.", error) from None
-        finally:
-            context.account(len(call.attempts), call.usage)
 
     async def BatchChat(  # noqa: N802
         self, request: chat_service_pb2.BatchChatRequest, context: CallContext
@@ -127,7 +125,8 @@ class ChatServicer:
         call.accepted = True
         try:
             check(item.chat)
-            answer.response.CopyFrom(await self._gateway.chat(call))
+            with admitted(call, context):
+                answer.response.CopyFrom(await self._gateway.chat(call))
             context.pack(answer)
         except GatewayError as error:
             error = _under(f"items[{index}].chat.", error)
@@ -142,8 +141,6 @@ class ChatServicer:
                 "defect", extra={"fields": {"request_id": context.request_id, "item": index}}
             )
             answer.error.CopyFrom(rpc_status(internal_error(), context.request_id))
-        finally:
-            context.account(len(call.attempts), call.usage)
         return answer
 
 
@@ -160,6 +157,7 @@ class TokenizerServicer:
         """Tokens of a text, or of a call as the model sees it."""
         context.model = request.model
         check(request)
+        context.tenant.check(request.model)
         tokenizer = self._tokenizer(request.model)
         if request.WhichOneof("input") == "text":
             total = await self._counter.count_text(tokenizer, request.text)
@@ -177,6 +175,7 @@ class TokenizerServicer:
         """The tokens of each text."""
         context.model = request.model
         check(request)
+        context.tenant.check(request.model)
         tokenizer = self._tokenizer(request.model)
         lists = await self._counter.tokenize(tokenizer, list(request.texts))
         return tokenizer_service_pb2.TokenizeResponse(lists=lists, tokenizer=tokenizer.name)
@@ -217,6 +216,7 @@ class ModelServicer:
         """One model by name or alias."""
         context.model = request.name
         check(request)
+        context.tenant.check(request.name)
         configured = self._gateway.configured(request.name)
         if configured is not None:  # whatever becomes of the upstream
             return model_service_pb2.GetModelResponse(model=_with_tokenizer(configured))
@@ -231,7 +231,11 @@ class ModelServicer:
 
     async def _models(self, context: CallContext) -> list[model_service_pb2.Model]:
         call = begin(chat_service_pb2.ChatRequest(), context, self._config, self._now)
-        return [_with_tokenizer(model) for model in await self._gateway.models(call)]
+        return [
+            _with_tokenizer(model)
+            for model in await self._gateway.models(call)
+            if any(map(context.tenant.may_ask, (model.name, *model.aliases)))
+        ]
 
 
 def _with_tokenizer(model: model_service_pb2.Model) -> model_service_pb2.Model:
@@ -252,6 +256,34 @@ def begin(
     callers = remaining is not None and remaining <= total
     seconds = remaining if callers and remaining is not None else total
     return Call(chat, context.request_id, context.started, at + max(0.0, seconds), callers)
+
+
+@contextmanager
+def admitted(call: Call, context: CallContext) -> Iterator[None]:
+    """Holds one chat to the limits of its caller, and accounts for it when it has ended.
+
+    Raises CALLER_FORBIDDEN, CALLER_QUOTA_EXCEEDED. What a chat cost that its caller left before
+    anything was known stays as expected: leaving early must not be a way to spend nothing.
+    """
+    context.tenant.check(call.chat.model)
+    cost = 0
+    if context.tenant.counts_tokens:
+        params = call.chat.params
+        answer = params.max_completion_tokens * max(1, params.choice_count)
+        cost = estimate(call.chat, 0).prompt_tokens + answer
+    with context.tenant.admitted(cost) as spending:
+        try:
+            yield
+        except GatewayError as error:
+            if error.reason != error_reason_pb2.ERROR_REASON_DEADLINE_EXCEEDED:
+                spending.settle(0)
+            raise
+        finally:
+            context.account(len(call.attempts), call.usage)
+            if call.usage is not None:
+                usage = call.usage
+                total = usage.prompt_tokens + usage.completion_tokens
+                spending.settle(max(usage.total_tokens, total))
 
 
 def _under(prefix: str, error: GatewayError) -> GatewayError:

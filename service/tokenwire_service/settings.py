@@ -17,7 +17,7 @@ from msgspec import Meta, Struct, field
 
 from tokenwire.v1.chat_pb2 import GenerationParams, RoleTemplate
 from tokenwire_service.providers import AUTO, DIALECTS
-from tokenwire_service.secret import Secret
+from tokenwire_service.secret import Digest, Secret
 from tokenwire_service.typed_yaml import Field
 from tokenwire_service.validation import RANGES, Range
 
@@ -187,6 +187,7 @@ DialectName = Annotated[
         description=f"one of {', '.join((AUTO, *DIALECTS))}",
     ),
 ]
+FilePath = Annotated[str, Meta(min_length=1, description="the path of a PEM file")]
 Text = Annotated[str, Meta(min_length=1, description="text that is not empty")]
 Role = Annotated[str, Meta(min_length=1, description="a role as callers write it")]
 Internal = Meta(extra={"internal": True})  # filled in by `load`, not written in the file
@@ -434,11 +435,64 @@ class Model(Struct, frozen=True, kw_only=True):
             msgspec.structs.force_setattr(self, "upstream_model", self.name)
 
 
+class Tls(Struct, frozen=True, kw_only=True):
+    """Certificates of the gRPC port. The files are read again when they change."""
+
+    # PEM: the gateway's own chain, the leaf first.
+    certificate: FilePath
+    # PEM: its private key.
+    key: FilePath
+    # PEM: who vouches for callers. With it, every connection must show a certificate.
+    client_authorities: FilePath | None = None
+
+
+class TokenSource(Struct, frozen=True, kw_only=True):
+    """Callers' tokens held by the environment or a file."""
+
+    # Environment variable; it may hold several tokens, separated by commas or line breaks.
+    env: EnvironmentName | None = None
+    # File with one token on each line, relative to this file.
+    file: Annotated[str, Meta(min_length=1, description="a path")] | None = None
+
+
+_TOKEN = Meta(
+    description="a mapping with env or file (the token itself never stands here)",
+    extra={"source": TokenSource},
+)
+
+
+class Caller(Struct, frozen=True, kw_only=True):
+    """One caller of this gateway, with what it may do."""
+
+    name: Annotated[Name, Internal]
+    # Bearer tokens, of which only digests are kept; the source may hold `sha256:` and 64
+    # hexadecimal digits in place of a token.
+    tokens: tuple[Annotated[Digest, _TOKEN], ...] = ()
+    # Names in its client certificate: a DNS name, URI or address of the subject's alternatives, or
+    # the common name.
+    certificates: tuple[Text, ...] = ()
+    # Names of models it may ask, as callers write them; `*` stands for any characters. None: all.
+    models: tuple[ModelName, ...] = ()
+    # Most chats in any 60 seconds. None: no limit.
+    requests_per_minute: Annotated[int, _whole(1, 1_000_000)] | None = None
+    # Most tokens in any 60 seconds, prompt and answer, estimated before and corrected after each
+    # chat. None: no limit.
+    tokens_per_minute: Annotated[int, _whole(1, 1_000_000_000)] | None = None
+    # Most chats at once, streams until their end. None: no limit.
+    in_flight: Annotated[int, _whole(1, 100_000)] | None = None
+    # Tokens from midnight to midnight UTC; the chat that reaches it is the last. None: no limit.
+    tokens_per_day: Annotated[int, _whole(1, 1_000_000_000_000)] | None = None
+
+
 class Config(Struct, frozen=True, kw_only=True):
     """Everything that can be configured."""
 
     # The gRPC port: host:port, [::]:port or unix:/path. Port 0: any free one.
     listen: Listen = "127.0.0.1:50051"
+    # None: plaintext.
+    tls: Tls | None = None
+    # Who may call. Empty: everyone who reaches the port.
+    callers: tuple[Caller, ...] = ()
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()
     drain: Drain = Drain()

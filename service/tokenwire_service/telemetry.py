@@ -46,6 +46,7 @@ class CallEvent:
     usage_estimated: bool
     seconds: float
     labels: Mapping[str, str] = field(default_factory=dict)  # the caller's own, for accounting
+    caller: str = ""  # as configured; empty where there are no callers
 
 
 class Observer(Protocol):

@@ -1,6 +1,7 @@
 """Configuration: what loads, what each mistake says, and that keys never show."""
 
 import copy
+import hashlib
 import io
 import json
 import pickle
@@ -12,6 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import trustme
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -29,6 +31,7 @@ from tokenwire_service.config import (
     check,
     load,
 )
+from tokenwire_service.secret import Digest
 from tokenwire_service.settings import PARAMETERS
 from tokenwire_service.typed_yaml import MAX_DEPTH, convert, file_fields, unwrap
 
@@ -53,6 +56,16 @@ def problems(text: str, environ: dict[str, str] | None = None) -> list[str]:
         load_text(text, environ)
     assert str(caught.value) == "\n".join(caught.value.problems)
     return list(caught.value.problems)
+
+
+def make_certificates(folder: Path) -> None:
+    """tls.crt and tls.key of the gateway, and ca.crt that vouches for them."""
+    folder.mkdir(exist_ok=True)
+    authority = trustme.CA()
+    leaf = authority.issue_cert("localhost")
+    authority.cert_pem.write_to_path(folder / "ca.crt")
+    leaf.cert_chain_pems[0].write_to_path(folder / "tls.crt")
+    leaf.private_key_pem.write_to_path(folder / "tls.key")
 
 
 # --- without a file ---------------------------------------------------------------------
@@ -1018,6 +1031,70 @@ def test_check_counts_problems() -> None:
     assert out.getvalue().endswith("1 problem found, nothing started\n")
 
 
+# --- callers ------------------------------------------------------------------------------
+
+
+CALLERS = UPSTREAM + "callers: {a: {tokens: [{env: T}]}}\n"
+
+
+def test_only_the_digests_of_tokens_are_kept() -> None:
+    digest = hashlib.sha256(b"token-two").hexdigest()
+    config = load_text(CALLERS, {**ENVIRON, "T": f"token-one, sha256:{digest}"})
+    assert config.callers[0].tokens == (Digest.of("token-one"), Digest.of("token-two"))
+    assert "token-one" not in repr(config)
+    assert digest not in repr(config)
+
+
+@pytest.mark.parametrize("token", ["few", "with space in it", "x" * 5000, "t\u00f6kentoken"])
+def test_what_cannot_be_a_token(token: str) -> None:
+    [problem] = problems(CALLERS, {**ENVIRON, "T": token})
+    assert problem.startswith("t.yaml:2: callers.a.tokens[0]: got a token that is too short, too")
+    assert token not in problem
+
+
+def test_two_callers_cannot_share_a_token() -> None:
+    text = UPSTREAM + "callers: {a: {tokens: [{env: T}]}, b: {tokens: [{env: T}]}}"
+    [problem] = problems(text, {**ENVIRON, "T": "token-one"})
+    assert "callers.b.tokens: got one that caller a has too" in problem
+
+
+def test_a_caller_needs_something_to_be_known_by() -> None:
+    [problem] = problems(UPSTREAM + "callers: {a: {models: [m]}}")
+    assert "callers.a: got neither tokens nor certificates, expected one of them" in problem
+
+
+def test_certificates_of_callers_need_an_authority() -> None:
+    [problem] = problems(UPSTREAM + "callers: {a: {certificates: [a.internal]}}")
+    assert "expected tls.client_authorities, which vouch for them" in problem
+
+
+def test_a_variable_of_tokens_that_is_not_set() -> None:
+    [problem] = problems(CALLERS)
+    assert "callers.a.tokens[0].env: got T, which is not set" in problem
+
+
+def test_certificates_are_read_relative_to_the_file() -> None:
+    make_certificates(Path("tls"))
+    tls = "tls: {certificate: tls/tls.crt, key: tls/tls.key, client_authorities: tls/ca.crt}\n"
+    config = load_text(UPSTREAM + tls)
+    assert config.tls is not None
+    assert Path(config.tls.certificate).read_text().startswith("-----BEGIN CERTIFICATE")
+
+
+def test_certificates_that_cannot_be_used() -> None:
+    make_certificates(Path("tls"))
+    make_certificates(Path("other"))
+    Path("empty").write_text("")
+    for certificate, key, authorities, place in (
+        ("tls/tls.crt", "none", "tls/ca.crt", "tls: got files that cannot be used"),
+        ("tls/tls.crt", "other/tls.key", "tls/ca.crt", "tls: got files that cannot be used"),
+        ("tls/tls.crt", "tls/tls.key", "empty", "tls.client_authorities: got a file that cannot"),
+    ):
+        text = f"certificate: {certificate}, key: {key}, client_authorities: {authorities}"
+        [problem] = problems(UPSTREAM + f"tls: {{{text}}}\n")
+        assert place in problem
+
+
 # --- documents --------------------------------------------------------------------------
 
 
@@ -1117,9 +1194,13 @@ def test_the_example_has_every_field() -> None:
     text = EXAMPLE.read_text(encoding="utf-8")
     # What is commented out holds as well.
     text = text.replace("# - {file:", "- {file:")
+    text = re.sub(r"^# (tls:|callers:|  )", r"\1", text, flags=re.MULTILINE)
     Path("secrets").mkdir()
     Path("secrets/openai-keys").write_text("d\ne\n")
-    config = load_text(text, EXAMPLE_ENVIRON)
+    Path("secrets/search-tokens").write_text("search-token-one\n")
+    make_certificates(Path("tls"))
+    config = load_text(text, {**EXAMPLE_ENVIRON, "SEARCH_TOKENS": "search-token-two"})
+    assert [(caller.name, len(caller.tokens)) for caller in config.callers] == [("search", 2)]
     assert [key.id for key in config.upstreams[0].keys][-2:] == ["team-b-1", "team-b-2"]
 
     written: set[str] = set()
@@ -1127,7 +1208,7 @@ def test_the_example_has_every_field() -> None:
     def walk(value: Any, path: str) -> None:
         if isinstance(value, dict):
             for name, inner in value.items():
-                at = "<name>" if path in ("upstreams", "models") else name
+                at = "<name>" if path in ("upstreams", "models", "callers") else name
                 walk(inner, f"{path}.{at}" if path else at)
         elif isinstance(value, list):
             for inner in value:
