@@ -120,6 +120,7 @@ async def program(language: Language) -> AsyncIterator[Program]:
         cwd=ROOT,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
+        env={"GRPC_VERBOSITY": "NONE", **os.environ},
         limit=64 * 1024 * 1024,
     )
     try:

@@ -7,14 +7,27 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
+import trustme
 
 from conformance.expect import differences
 from harness import Recorder, upstream
 from tokenwire_service import server
-from tokenwire_service.config import Config, Limits, Model, Retries, Timeouts, UpstreamTimeouts
+from tokenwire_service.config import (
+    Caller,
+    Config,
+    Limits,
+    Model,
+    Retries,
+    Timeouts,
+    Tls,
+    UpstreamTimeouts,
+)
+from tokenwire_service.secret import Digest
 from tokenwire_service.simulator import Simulator
 from tokenwire_service.upstream.openai import OpenAI
 
@@ -47,6 +60,45 @@ def _config(base_url: str, **settings: Any) -> Config:
     )
 
 
+# Token of each caller by the word the cases have for it.
+_TOKENS = {name: f"token-of-{name}-caller" for name in ("good", "other", "poor", "wrong")}
+_CALLERS = (
+    Caller(name="good", tokens=(Digest.of(_TOKENS["good"]),)),
+    Caller(name="other", tokens=(Digest.of(_TOKENS["other"]),), models=("nothing",)),
+    Caller(name="poor", tokens=(Digest.of(_TOKENS["poor"]),), requests_per_minute=1),
+)
+
+
+@dataclass(frozen=True)
+class Pki:
+    """An authority, what it vouches for, and one that nobody knows, as files in `folder`."""
+
+    folder: Path
+
+    def make(self) -> Pki:
+        """Writes them."""
+        authority, stranger = trustme.CA(), trustme.CA()
+        authority.cert_pem.write_to_path(self.folder / "ca.pem")
+        stranger.cert_pem.write_to_path(self.folder / "stranger.pem")
+        for name in ("gateway", "client"):
+            leaf = authority.issue_cert("localhost", "127.0.0.1", common_name=name)
+            leaf.cert_chain_pems[0].write_to_path(self.folder / f"{name}.pem")
+            leaf.private_key_pem.write_to_path(self.folder / f"{name}.key")
+        return self
+
+    def tls(self, *, mutual: bool) -> Tls:
+        """For the gateway."""
+        return Tls(
+            certificate=self.file("gateway.pem"),
+            key=self.file("gateway.key"),
+            client_authorities=self.file("ca.pem") if mutual else None,
+        )
+
+    def file(self, name: str) -> str:
+        """The path of one of them."""
+        return str(self.folder / name)
+
+
 GATEWAYS: dict[str, Callable[[str], Config]] = {
     "plain": _config,
     "fresh": _config,
@@ -62,6 +114,9 @@ GATEWAYS: dict[str, Callable[[str], Config]] = {
     "hasty": lambda url: _config(url, timeouts=UpstreamTimeouts(first_byte=0.3)),
     "nowhere": lambda _url: _config("http://127.0.0.1:1/v1"),
     "narrow": lambda url: _config(url, limits=Limits(in_flight=1, queue=0)),
+    "auth": lambda url: msgspec.structs.replace(_config(url), callers=_CALLERS),
+    "tls": _config,
+    "mtls": _config,
     "stalling": lambda url: _config(url, whole=Timeouts(write=1.0)),
 }
 
@@ -75,12 +130,22 @@ class Scene:
     seen: Recorder
     running: server.Running
     restart: Callable[[], Any]
+    pki: Pki
     hold: list[Any] = field(default_factory=list)
     forgotten: int = 0  # calls that were the driver's own
 
     def connect(self, wanted: dict[str, str]) -> dict[str, str]:
         """How a program reaches it."""
-        return {"target": self.running.address, **wanted}
+        connect = {"target": self.running.address.replace("127.0.0.1", "localhost")}
+        if "token" in wanted:
+            connect["token"] = _TOKENS[wanted["token"]]
+        if "tls" in wanted:
+            untrusted = wanted["tls"] == "untrusted"
+            connect["ca_file"] = self.pki.file("stranger.pem" if untrusted else "ca.pem")
+        if wanted.get("tls") == "mutual":
+            connect["cert_file"] = self.pki.file("client.pem")
+            connect["key_file"] = self.pki.file("client.key")
+        return connect
 
     async def meanwhile(self, deed: str) -> None:
         """What happens to the gateway while the program runs."""
@@ -146,6 +211,9 @@ async def serving(case: dict[str, Any]) -> AsyncIterator[Scene]:
     async with AsyncExitStack() as outer:
         base_url = await outer.enter_async_context(simulator.serving())
         config = GATEWAYS[name](base_url)
+        pki = Pki(Path(outer.enter_context(TemporaryDirectory())))
+        if name in ("tls", "mtls"):
+            config = msgspec.structs.replace(config, tls=pki.make().tls(mutual=name == "mtls"))
         seen = Recorder()
         stack = await outer.enter_async_context(AsyncExitStack())
         if name == "broken":
@@ -164,7 +232,7 @@ async def serving(case: dict[str, Any]) -> AsyncIterator[Scene]:
             await stack.aclose()
             scene.running = await start(msgspec.structs.replace(config, listen=running.address))
 
-        scene = Scene(simulator, config, seen, running, restart)
+        scene = Scene(simulator, config, seen, running, restart, pki)
         running.gateway.draining = name == "draining"
         if name == "narrow":
             await scene.take()

@@ -263,7 +263,9 @@ URL = "an absolute http or https URL without user name, query or fragment"
 ENV = "the name of an environment variable (the key itself never stands here)"
 HEADER = "a header name, neither set by the gateway nor for credentials"
 TEXT = "text (in quotes if it looks like something else)"
-FIELDS = "listen, limits, timeouts, drain, reflection, log, retries, upstreams, models"  # in order
+FIELDS = (  # in order
+    "listen, tls, callers, limits, timeouts, drain, reflection, log, retries, upstreams, models"
+)
 KEY = "a mapping with env or file (the key itself never stands here)"
 KEY_TEXT = "up to 4096 visible ASCII characters"
 KEY_FILE = "a readable file with one key on each line"
