@@ -42,7 +42,11 @@ Line = dict[str, Any]
 
 def main() -> None:
     """One case for each line of standard input."""
-    run = _run_asyncio if "--asyncio" in sys.argv[1:] else _run
+    with asyncio.Runner() as loop:  # one for all cases: gRPC's own thread outlives a case
+        _answer_all((lambda *case: loop.run(_arun(*case))) if "--asyncio" in sys.argv else _run)
+
+
+def _answer_all(run: Callable[[Mapping[str, Any], Mapping[str, str]], Line]) -> None:
     for text in sys.stdin:
         asked = json.loads(text)
         case = asked["case"]
@@ -274,16 +278,13 @@ def _later(milliseconds: float | None, do: Callable[[], object]) -> Iterator[Non
 # --- the asyncio client -------------------------------------------------------------------
 
 
-def _run_asyncio(case: Mapping[str, Any], connect: Mapping[str, str]) -> Line:
-    async def run() -> Line:
-        earlier = 0
-        async with AsyncClient(**_connection(connect)) as client:
-            for _ in range(case.get("repeat", 1) - 1):
-                earlier += bool((await _aonce(client, case))["ok"])
-                await asyncio.sleep(case["gap_ms"] / 1000)
-            return {**await _aonce(client, case), "earlier": earlier}
-
-    return asyncio.run(run())
+async def _arun(case: Mapping[str, Any], connect: Mapping[str, str]) -> Line:
+    earlier = 0
+    async with AsyncClient(**_connection(connect)) as client:
+        for _ in range(case.get("repeat", 1) - 1):
+            earlier += bool((await _aonce(client, case))["ok"])
+            await asyncio.sleep(case["gap_ms"] / 1000)
+        return {**await _aonce(client, case), "earlier": earlier}
 
 
 async def _aonce(client: AsyncClient, case: Mapping[str, Any]) -> Line:
