@@ -72,7 +72,7 @@ in-clients = for client in $(CLIENTS); do \
 
 .PHONY: conformance
 conformance: $(BIN)/.complete $(CONTRACT)/.complete ## Run every client against one gateway; writes docs/conformance.md
-	@PYTHONPATH=tests $(BIN)/python -m conformance.driver $(if $(ARGS),$(ARGS),--write docs/conformance.md)
+	@GRPC_VERBOSITY=NONE PYTHONPATH=tests $(BIN)/python -m conformance.driver $(if $(ARGS),$(ARGS),--write docs/conformance.md)
 
 # --- contract -----------------------------------------------------------------------
 
