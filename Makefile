@@ -11,7 +11,7 @@ CBIN := $(CONTRACT)/venv/bin
 INCLUDE := $(CONTRACT)/include
 STUBS := clients/python/src
 PIP_INSTALL := pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r
-PROTOS = $(sort $(wildcard protos/tokenwire/v1/*.proto))
+PROTOS = $(sort $(wildcard protos/tokenwire/v1/*.proto protos/tokenwire/admin/v1/*.proto))
 ARGS ?=
 
 .PHONY: help
@@ -78,7 +78,7 @@ conformance: $(BIN)/.complete $(CONTRACT)/.complete ## Run every client against 
 
 .PHONY: generate
 generate: $(CONTRACT)/.complete ## Generate every client's stubs from protos/
-	@rm -f $(STUBS)/tokenwire/v1/*_pb2*
+	@rm -f $(STUBS)/tokenwire/{v1,admin/v1}/*_pb2*
 	@PATH="$(CURDIR)/$(CBIN):$$PATH" $(CBIN)/python -m grpc_tools.protoc -Iprotos -I$(INCLUDE) \
 		--python_out=$(STUBS) --grpc_python_out=$(STUBS) \
 		--mypy_out=$(STUBS) --mypy_grpc_out=$(STUBS) $(PROTOS)

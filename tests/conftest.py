@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import grpc
+import msgspec
 import pytest
 
 from harness import Recorder, Start, Stubs
@@ -17,7 +18,7 @@ from tokenwire.v1 import (
     model_service_pb2_grpc,
     tokenizer_service_pb2_grpc,
 )
-from tokenwire_service.config import Config, Upstream
+from tokenwire_service.config import Admin, Config, Upstream
 from tokenwire_service.relay import HEARTBEAT_SECONDS
 from tokenwire_service.server import serving
 from tokenwire_service.simulator import Simulator
@@ -49,6 +50,8 @@ async def start() -> AsyncIterator[Start]:
         ) -> Stubs:
             if config is None:
                 config = Config(listen="127.0.0.1:0", upstreams=upstreams, **settings)
+            if config.admin.listen is None:  # gateways of other tests have the default port
+                config = msgspec.structs.replace(config, admin=Admin(listen="off"))
             recorder = Recorder()
             logger = logging.getLogger("tokenwire.test")
             running = await stack.enter_async_context(

@@ -1,4 +1,4 @@
-"""The command line: tokenwire serve | check-config | simulate | chat | demo.
+"""The command line: tokenwire serve | keys | check-config | simulate | chat | demo.
 
 What a subcommand needs is imported when it runs: `tokenwire --help` and `tokenwire chat` do not
 load the server.
@@ -47,6 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     serve.add_argument("--config", type=Path, metavar="FILE", help="YAML file; none is needed")
     serve.add_argument("--listen", metavar="ADDR", help="host:port; default 127.0.0.1:50051")
     serve.set_defaults(run=_serve)
+
+    keys = commands.add_parser("keys", help="show the keys of a running gateway")
+    keys.add_argument(
+        "--target",
+        metavar="ADDR",
+        help="its setting admin.listen (default: $TOKENWIRE_ADMIN or 127.0.0.1:50052)",
+    )
+    keys.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    keys.set_defaults(run=_keys)
 
     check = commands.add_parser("check-config", help="say what is wrong with a configuration")
     check.add_argument(
@@ -108,11 +117,11 @@ def _serve(arguments: argparse.Namespace) -> int:
 async def _serve_config(config: Config) -> None:
     from tokenwire_service.server import Running, serve_until_signalled
     from tokenwire_service.simulated import with_simulator
-    from tokenwire_service.telemetry import configure_logging
+    from tokenwire_service.telemetry import configure_logging, log_scrubber
 
     as_json = (config.log.format or ("text" if sys.stderr.isatty() else "json")) == "json"
-    secrets = [key.secret for upstream in config.upstreams for key in upstream.keys]
-    logger = configure_logging(config.log.level, as_json, secrets=secrets)
+    scrub = log_scrubber(key.secret for upstream in config.upstreams for key in upstream.keys)
+    logger = configure_logging(config.log.level, as_json, scrub=scrub)
     for warning in config.warnings:
         logger.warning("configuration", extra={"fields": {"warning": warning}})
     async with AsyncExitStack() as stack:
@@ -126,6 +135,7 @@ async def _serve_config(config: Config) -> None:
                 extra={
                     "fields": {
                         "address": running.address,
+                        "admin": running.admin or "off",
                         "upstreams": ",".join(u.name for u in config.upstreams),
                         "keys": sum(len(u.keys) for u in config.upstreams),
                     }
@@ -139,7 +149,14 @@ async def _serve_config(config: Config) -> None:
                     "simulator answers instead of a model"
                 )
 
-        await serve_until_signalled(config, logger, announce)
+        await serve_until_signalled(config, logger, announce, scrub=scrub)
+
+
+def _keys(arguments: argparse.Namespace) -> int:
+    from tokenwire_service.keytable import run_keys
+
+    target = arguments.target or os.environ.get("TOKENWIRE_ADMIN")
+    return run_keys(target, as_json=arguments.json)
 
 
 def _check_config(arguments: argparse.Namespace) -> int:

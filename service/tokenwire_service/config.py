@@ -1,10 +1,11 @@
 """One YAML file and the environment, read once into a frozen `Config`.
 
-Nothing else in the gateway reads the environment or a file of keys. What can be configured
-is in `settings`; here it is loaded, and checked where one field alone cannot tell.
+Nothing else in the gateway reads the environment; files of keys are read again by `keyfiles`.
+What can be configured is in `settings`; here it is loaded, and checked where one field alone
+cannot tell.
 """
 
-import hashlib
+import itertools
 import json
 import re
 import ssl
@@ -15,15 +16,20 @@ from typing import Any, TextIO
 import msgspec
 from msgspec import UNSET
 
+from tokenwire_service import textfile
+from tokenwire_service.keyset import A_KEY, NOT_A_KEY, Naming, are_keys, file_texts, split
 from tokenwire_service.providers import DIALECTS, matches
 from tokenwire_service.secret import Digest, Secret
 from tokenwire_service.settings import (
+    DEFAULT_ADMIN,
     OPENAI_BASE_URL,
     OPENAI_UNSUPPORTED,
+    Admin,
     Caller,
     Config,
     Drain,
     Key,
+    KeyEntry,
     KeySource,
     Limits,
     Listen,
@@ -39,16 +45,19 @@ from tokenwire_service.settings import (
     UpstreamTimeouts,
     Url,
 )
+from tokenwire_service.textfile import UnreadableError
 from tokenwire_service.typed_yaml import Place, Reader, convert, did_you_mean, quoted
 from tokenwire_service.validation import KNOWN_ROLES
 
 __all__ = [
+    "Admin",
     "Caller",
     "Config",
     "ConfigError",
     "ConfigFileError",
     "Drain",
     "Key",
+    "KeyEntry",
     "Limits",
     "Log",
     "Model",
@@ -61,8 +70,6 @@ __all__ = [
     "check",
     "load",
 ]
-
-MAX_FILE_BYTES = 2**20  # of the configuration, and of each file of keys
 
 # Shapes of API keys in use: OpenAI and those who copy it, xAI, Groq, Hugging Face, Google, ...
 _LOOKS_LIKE_KEY = re.compile(
@@ -118,8 +125,8 @@ class _Loading:
         self._path = path
         self._environ = environ
         self._warnings: list[str] = []
-        self._key_ids: dict[Place, dict[tuple[Secret, str | None], str]] = {}  # by upstream
-        self._taken_ids: set[tuple[Place, str]] = set()
+        self._entries: dict[Place, list[KeyEntry]] = {}  # by upstream
+        self._naming: dict[Place, Naming] = {}
         self._reader = Reader(str(path), expand=self._expand, secret_text=_LOOKS_LIKE_KEY)
         self._reader.positions |= {("environment",): (0, 0), ("--listen",): (0, 0)}
 
@@ -137,7 +144,7 @@ class _Loading:
             config,
             listen=self._listen(listen, config.listen),
             tls=self._absolute(config.tls),
-            upstreams=upstreams,
+            upstreams=tuple(map(self._with_entries, upstreams)),
         )
         config = msgspec.structs.replace(config, models=tuple(self._models(config)))
         self._check_whole(config)
@@ -149,7 +156,7 @@ class _Loading:
         assert self._path is not None
         try:
             text = _read_text(self._path)
-        except _UnreadableError as error:
+        except UnreadableError as error:
             raise ConfigFileError(
                 [_printable(f"{self._path}: got a file that is {error}, expected YAML")]
             ) from None
@@ -161,7 +168,8 @@ class _Loading:
 
     def _raise_problems(self, config: Config) -> None:
         """Raise what was found; last of all, that a key stands where it would be shown."""
-        secrets = {s.reveal() for ids in self._key_ids.values() for s, _ in ids}
+        entries = itertools.chain.from_iterable(self._entries.values())
+        secrets = {secret.reveal() for entry in entries for secret in entry.secrets}
         secrets = {text for text in secrets if len(text) >= _REAL_KEY_LENGTH}
         # Also as problems and repr spell them.
         secrets |= {form(text)[1:-1] for text in secrets for form in (json.dumps, repr)}
@@ -199,7 +207,7 @@ class _Loading:
 
     def _environment_upstream(self) -> tuple[Upstream, ...]:
         """Return the upstream that OPENAI_API_KEY stands for, or nothing without it."""
-        if not any(_split(self._variable("OPENAI_API_KEY"))):
+        if not any(split(self._variable("OPENAI_API_KEY"))):
             for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_ORG_ID"):
                 why = "is empty" if name == "OPENAI_API_KEY" else "is set without OPENAI_API_KEY"
                 if name in self._environ:
@@ -237,13 +245,16 @@ class _Loading:
             self._reader.problem(place, got, "one of them")
             return []
         texts: list[str] = []
+        path: Path | None = None
         if env:
             texts = self._environment_texts(env, place_of_env)
         elif source.file:
-            texts = self._file_texts(source.file, (*place, "file"))
+            assert self._path is not None
+            path = self._path.parent / source.file
+            texts = self._file_texts(path, source.file, (*place, "file"))
         if isinstance(source, TokenSource):
             return self._tokens(texts, place)
-        return list(self._keys(source, texts, place))
+        return self._keys(source, texts, place, path)
 
     def _tokens(self, texts: list[str], place: Place) -> list[Digest]:
         digests = []
@@ -259,42 +270,23 @@ class _Loading:
             )
         return digests
 
-    def _keys(self, source: KeySource, texts: list[str], place: Place) -> Iterator[Key]:
-        if not all(re.fullmatch(r"[!-~]{1,4096}", text) for text in texts):
-            got = "a key that is too long or has a space or an unprintable character (not shown)"
-            self._reader.problem(place, got, "up to 4096 visible ASCII characters")
-            return
-        ids = self._key_ids.setdefault(place[:2], {})
-        several = len(set(texts)) > 1
-        number = 0
-        for text in texts:
-            secret = Secret(text)
-            if (secret, source.organization) in ids:
-                key_id = ids[secret, source.organization]
-                self._warn(place, f"{key_id} stands there again; the repetition is dropped")
-                continue
-            number += 1
-            if source.id is None:
-                key_id = _fingerprint(text, source.organization)
-            else:
-                key_id = f"{source.id}-{number}" if several else source.id
-            if (place[:2], key_id) in self._taken_ids:
-                self._reader.problem((*place, "id"), quoted(key_id), "an id no other key has")
-            self._taken_ids.add((place[:2], key_id))
-            ids[secret, source.organization] = key_id
-            yield Key(
-                id=key_id,
-                secret=secret,
-                organization=source.organization,
-                weight=source.weight,
-                quota_group=source.quota_group or "",
-                requests_per_minute=source.requests_per_minute,
-                tokens_per_minute=source.tokens_per_minute,
-                in_flight=source.in_flight,
-            )
+    def _keys(
+        self, source: KeySource, texts: list[str], place: Place, path: Path | None = None
+    ) -> list[Key]:
+        if not are_keys(texts):
+            self._reader.problem(place, NOT_A_KEY, A_KEY)
+            return []
+        entry = KeyEntry(source=source, path=path, secrets=tuple(map(Secret, texts)))
+        self._entries.setdefault(place[:2], []).append(entry)
+        named = self._naming.setdefault(place[:2], Naming()).name(entry)
+        for key_id in named.repeated:
+            self._warn(place, f"{key_id} stands there again; the repetition is dropped")
+        for key_id in named.clashes:
+            self._reader.problem((*place, "id"), quoted(key_id), "an id no other key has")
+        return named.keys
 
     def _environment_texts(self, name: str, place: Place) -> list[str]:
-        texts = list(filter(None, _split(self._environ.get(name, ""))))
+        texts = list(filter(None, split(self._environ.get(name, ""))))
         if not texts:
             # A name in lower case may be a key in the wrong place.
             shown = name if re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}", name) else "a variable"
@@ -302,18 +294,15 @@ class _Loading:
             self._reader.problem(place, f"{shown}, which is {state}", "a variable with a value")
         return texts
 
-    def _file_texts(self, name: str, place: Place) -> list[str]:
+    def _file_texts(self, path: Path, name: str, place: Place) -> list[str]:
         # Without a slash or dot in front, it may be a key in the wrong place.
         shown = quoted(name) if name.startswith(("/", "./", "../")) else "a path"
         expected = "a readable file with one key on each line"
         try:
-            assert self._path is not None
-            text = _read_text(self._path.parent / name)
-        except _UnreadableError as error:
+            texts = file_texts(_read_text(path))
+        except UnreadableError as error:
             self._reader.problem(place, f"{shown}, which is {error}", expected)
             return []
-        lines = (re.sub(r"(^|\s)#.*", "", line) for line in text.splitlines())
-        texts = [text for line in lines for text in _split(line) if text]
         if not texts:
             self._reader.problem(place, f"{shown}, which is empty", expected)
         return texts
@@ -338,6 +327,10 @@ class _Loading:
             key=str(folder / tls.key),
             client_authorities=str(folder / authorities) if authorities else None,
         )
+
+    def _with_entries(self, upstream: Upstream) -> Upstream:
+        entries = self._entries.get(("upstreams", upstream.name), [])
+        return msgspec.structs.replace(upstream, key_entries=tuple(entries))
 
     def _models(self, config: Config) -> Iterator[Model]:
         upstreams = {upstream.name: upstream for upstream in config.upstreams}
@@ -486,24 +479,8 @@ def _reason(error: Exception) -> str:
     return str(reason or type(error).__name__).lower().replace("_", " ")
 
 
-class _UnreadableError(Exception):
-    """Why a file cannot be read, in a few words that quote nothing of it."""
-
-
 def _read_text(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise _UnreadableError(f"unreadable ({error.strerror})") from None
-    except ValueError:
-        raise _UnreadableError("unreadable (no file can have this name)") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise _UnreadableError("unreadable (larger than 1MiB)")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise _UnreadableError("unreadable (not UTF-8)") from None
+    return textfile.decoded(textfile.read(path))
 
 
 def _printable(text: str) -> str:
@@ -511,18 +488,9 @@ def _printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-def _split(text: str) -> list[str]:
-    """Split what commas and line breaks separate."""
-    return [part.strip() for part in re.split(r"[,\r\n]", text)]
-
-
-def _fingerprint(secret: str, organization: str | None) -> str:
-    parts = ["tokenwire key id v1", secret, *filter(None, [organization])]
-    return "key-" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
-
-
 def _summary(config: Config) -> Iterator[str]:
     yield f"listen     {config.listen}"
+    yield f"admin      {config.admin.listen or f'{DEFAULT_ADMIN}, if that is free'}"
     if config.needs_simulator:
         yield "upstreams  none: no file, and no OPENAI_API_KEY; serve starts the simulator"
     for upstream in config.upstreams:

@@ -13,7 +13,7 @@ import msgspec
 from tokenwire import Client, TokenwireError
 from tokenwire.v1 import error_reason_pb2
 from tokenwire_service import terminal
-from tokenwire_service.config import Config, ConfigError, load
+from tokenwire_service.config import Admin, Config, ConfigError, load
 from tokenwire_service.server import serving
 from tokenwire_service.simulated import with_simulator
 
@@ -44,9 +44,8 @@ async def _demo(config: Config, model: str) -> int:
     quiet.addHandler(logging.NullHandler())
     quiet.propagate = False
     async with AsyncExitStack() as stack:
-        complete = await with_simulator(
-            msgspec.structs.replace(config, listen="127.0.0.1:0"), stack
-        )
+        apart = msgspec.structs.replace(config, listen="127.0.0.1:0", admin=Admin(listen="off"))
+        complete = await with_simulator(apart, stack)
         running = await stack.enter_async_context(serving(complete, quiet))
         _say(f"Tokenwire serves gRPC on {running.address}.")
         if config.needs_simulator:

@@ -40,7 +40,7 @@ from tokenwire_service.relay import HEARTBEAT_SECONDS, Outbox, Write
 from tokenwire_service.retry import Backoff, RetryBudget
 from tokenwire_service.secret import Scrubber
 from tokenwire_service.stops import StopFilter, cut_at
-from tokenwire_service.telemetry import AttemptEvent, Observer
+from tokenwire_service.telemetry import ABANDONED, AttemptEvent, Observer
 from tokenwire_service.tokens import layout
 from tokenwire_service.upstream.client import Progress
 from tokenwire_service.upstream.dialect import Encoded, Route
@@ -57,10 +57,6 @@ TRAIL_CHARACTERS = 300
 _MORE = "..., "  # for the attempts that do not fit
 
 _LAST_WORDS = 1.0  # seconds after the deadline for the last snapshots, if the caller reads
-
-# The `fault` of an attempt whose end is not its upstream's doing: the caller left, did not read, or
-# its time was over.
-ABANDONED = "abandoned"
 
 # How an upstream says that it has no list of its models.
 _NO_LIST = frozenset(
@@ -162,6 +158,16 @@ class Gateway:
     def in_flight(self) -> int:
         """Calls being served, streams until their end."""
         return self._admission.in_flight
+
+    @property
+    def waiting(self) -> int:
+        """Calls that wait for a slot here; those of one upstream wait in its bulkhead."""
+        return self._admission.waiting
+
+    @property
+    def retry_budget(self) -> float:
+        """Retries that may be made now, over all calls."""
+        return self._budget.balance
 
     # --- calls --------------------------------------------------------------------------
 
@@ -423,7 +429,7 @@ class Gateway:
                 self._succeeded(call, attempt)
                 return answer
             except UpstreamFault as fault:
-                scrub = Scrubber(key.secret for key in (*pool.ring.keys, lease.key))
+                scrub = Scrubber(key.secret for key in (*pool.ring.known_keys, lease.key))
                 fault.message = scrub(fault.message)
                 fault.code = printable(scrub(fault.code))[:64]
                 fault.param = scrub(fault.param)
@@ -589,11 +595,16 @@ class Gateway:
         call.usage = attempt.progress.usage
         self._observe(call, attempt)
 
-    def _settle(self, call: Call, attempt: Attempt) -> None:
-        """Corrects what the request was expected to cost, where that is known."""
-        ring, usage = attempt.plan.pool.ring, attempt.progress.usage
+    def _usage(self, call: Call, attempt: Attempt) -> chat_pb2.Usage | None:
+        """What the attempt cost, estimated where the upstream was cut off; None if unknown."""
+        usage = attempt.progress.usage
         if usage is None and attempt.outbox is not None and attempt.committed:
             usage = estimate(call.chat, attempt.outbox.delivered_bytes)
+        return usage
+
+    def _settle(self, call: Call, attempt: Attempt) -> None:
+        """Corrects what the request was expected to cost, where that is known."""
+        ring, usage = attempt.plan.pool.ring, self._usage(call, attempt)
         if usage is not None:
             ring.settle(attempt.lease, usage.total_tokens)
         elif attempt.progress.http_status >= 400:
@@ -610,6 +621,7 @@ class Gateway:
         self._observe(call, attempt, fault, code)
 
     def _observe(self, call: Call, attempt: Attempt, fault: str = "", code: str = "") -> None:
+        usage = self._usage(call, attempt) or chat_pb2.Usage()
         self._observer.attempt(
             AttemptEvent(
                 call.request_id,
@@ -620,6 +632,9 @@ class Gateway:
                 fault,
                 code,
                 self._now() - attempt.started,
+                usage.prompt_tokens,
+                usage.completion_tokens,
+                usage.estimated,
             )
         )
 

@@ -17,12 +17,14 @@ import hashlib
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from tokenwire_service.concurrency import GROWTH, AdaptiveLimit
 from tokenwire_service.config import Key, Upstream
 from tokenwire_service.errors import VERDICTS, Fault, KeyAction, UpstreamFault
+from tokenwire_service.secret import Secret
+from tokenwire_service.snapshot import Closure, GroupView, KeyView, RingView, Scope, State, worst
 
 # Seconds. A rate limit without a stated delay starts at FIRST and doubles; the provider's own
 # delay is honoured up to CAP, above which a probe asks again. docs/errors.md tells operators the
@@ -40,8 +42,10 @@ BREAKER_FAILURES = 10  # in a row, without one success between them
 BREAKER_CAP = 30.0
 MINUTE = 60.0
 FORGET_AFTER = 3600.0  # a block that nobody has probed for so long tells nothing any more
+_FORMER = 1000  # keys that are replaced but in use yet are remembered, the latest
 _SWEEP_FROM = 1024  # blocks and groups; below that many, nothing is forgotten
 _PASSING = frozenset({Fault.RATE_LIMITED, Fault.OVERLOADED})
+_RETIRING = frozenset({KeyAction.RETIRE_KEY, KeyAction.RETIRE_GROUP, KeyAction.RETIRE_FOR_MODEL})
 _BREAKER_FAULTS = frozenset({Fault.SERVER_ERROR, Fault.UNREACHABLE, Fault.TIMEOUT})
 
 
@@ -179,6 +183,9 @@ class KeyRing:
         self._sweep_from = _SWEEP_FROM
         self._virtual_time = 0.0
         self._random = random
+        # By id and secret, while in use yet: the state that counts it, and the key.
+        self._former: dict[tuple[str, Secret], tuple[_KeyState, Key]] = {}
+        self.generation = 0  # how often the keys were set
         self.replace(upstream.keys)
 
     def __repr__(self) -> str:
@@ -196,22 +203,37 @@ class KeyRing:
         """Those that may be leased."""
         return tuple(state.key for state in self._keys)
 
+    @property
+    def known_keys(self) -> tuple[Key, ...]:
+        """Those that may be leased, and those that were and are in use yet: no text of the
+        upstream may show any of them."""
+        return (*self.keys, *(key for state, key in self._former.values() if state.in_flight))
+
     def replace(self, keys: Iterable[Key]) -> None:
         """Takes new keys, for instance after a secret was renewed. A key that stays keeps its
-        state, whatever else changed about it; a new secret has a clean record; a key that left is
-        leased no more, while what it is doing goes on."""
+        state, whatever else changed about it, and so does one that comes back while it is still
+        in use; a new secret has a clean record; a key that left is leased no more, while what it
+        is doing goes on."""
+        self.generation += 1
         before = {state.key.id: state for state in self._keys}
+        former = self._former
         self._keys = []
         for key in keys:
             state = before.pop(key.id, None)
             if state is None:
+                state, _ = former.pop((key.id, key.secret), (None, None))
+            if state is None:
                 state = _KeyState(key, None, None, served=self._virtual_time)
             elif state.key.secret != key.secret:  # perhaps of an account that has credit
                 self._blocks.pop(("group", key.quota_group), None)
+                former[key.id, state.key.secret] = (state, state.key)
             state.key = key
             state.requests = _window(state.requests, key.requests_per_minute)
             state.tokens = _window(state.tokens, key.tokens_per_minute)
             self._keys.append(state)
+        former |= {(s.key.id, s.key.secret): (s, s.key) for s in before.values()}
+        in_use = [(name, each) for name, each in former.items() if each[0].in_flight]
+        self._former = dict(in_use[-_FORMER:])
         self.counts_tokens = any(state.tokens is not None for state in self._keys)
 
     def lease(
@@ -308,6 +330,34 @@ class KeyRing:
             if block.probe is lease:
                 block.probe = None
 
+    def snapshot(self, now: float) -> RingView:
+        """Everything as it stands. Changes nothing."""
+        closures: dict[Hashable, list[Closure]] = {}  # by the scope without its model
+        for place, block in self._blocks.items():
+            assert isinstance(place, tuple)
+            closure = _closure(place, block, now)
+            if closure is not None:
+                whole = place if closure.model is None else place[:-1]
+                closures.setdefault(whole, []).append(closure)
+        upstream = tuple(closures.get(("upstream",), ()))
+        current = {id(state) for state in self._keys}
+        former = {id(state): state for state, _ in self._former.values() if state.in_flight}
+        leaving = [state for identity, state in former.items() if identity not in current]
+        return RingView(
+            self.generation,
+            tuple(self._view(state, closures, upstream, now) for state in self._keys)
+            + tuple(
+                replace(self._view(state, closures, upstream, now), state=State.LEAVING)
+                for state in leaving
+            ),
+            tuple(
+                GroupView(group, model, found.in_flight, found.limit.at(now))
+                for (group, model), found in self._groups.items()
+                if found.in_flight or found.limit.at(now) < math.inf
+            ),
+            upstream,
+        )
+
     # --- inside -------------------------------------------------------------------------
 
     def _closed(self, state: _KeyState, model: str, now: float, tokens: int) -> Unavailable | None:
@@ -327,6 +377,26 @@ class KeyRing:
         if group is not None and group.in_flight and group.in_flight + 1 > group.limit.at(now):
             return Unavailable(now + 1.0 / GROWTH, None)
         return Unavailable(math.inf, None) if state.in_flight >= limit else None
+
+    def _view(
+        self,
+        state: _KeyState,
+        closures: Mapping[Hashable, Sequence[Closure]],
+        upstream: tuple[Closure, ...],
+        now: float,
+    ) -> KeyView:
+        key = state.key
+        own = (
+            *closures.get(("key", key.id, key.secret), ()),
+            *closures.get(("group", key.quota_group), ()),
+        )
+        found = worst((*own, *upstream))
+        if found in (State.READY, State.PARTLY):
+            windows = [each for each in (state.requests, state.tokens) if each is not None]
+            full = state.in_flight >= (key.in_flight or math.inf)
+            if full or any(window.opens_at(now, 1) > now for window in windows):
+                found = State.LIMITED
+        return KeyView(key.id, key.quota_group, key.weight, found, state.in_flight, own)
 
     def _grant(self, state: _KeyState, model: str, now: float, tokens: int) -> Lease:
         self._sweep(now)
@@ -417,6 +487,31 @@ class KeyRing:
             if group.in_flight or group.limit.at(now) < math.inf
         }
         self._sweep_from = max(_SWEEP_FROM, 2 * (len(self._blocks) + len(self._groups)))
+
+
+def _closure(place: tuple[Hashable, ...], block: Block, now: float) -> Closure | None:
+    """What a block means to whoever looks; None if it closes nothing."""
+    if block.until == 0:
+        return None
+    retired = block.fault is not None and VERDICTS[block.fault].key in _RETIRING
+    if block.probe is not None:
+        state = State.PROBING
+    elif block.until <= now:
+        state = State.PROBE_DUE
+    else:
+        state = State.RETIRED if retired else State.COOLING
+    scope, scope_with_model, parts = _SCOPES[str(place[0])]
+    if len(place) == parts:
+        return Closure(scope, state, block.fault, block.until)
+    return Closure(scope_with_model, state, block.fault, block.until, str(place[-1]))
+
+
+# By what a block's place begins with: the scope, the same with a model, and the length without.
+_SCOPES = {
+    "key": (Scope.KEY, Scope.KEY_MODEL, 3),
+    "group": (Scope.GROUP, Scope.GROUP_MODEL, 2),
+    "upstream": (Scope.UPSTREAM, Scope.UPSTREAM_MODEL, 1),
+}
 
 
 def _stated(fault: UpstreamFault, cap: float) -> float | None:

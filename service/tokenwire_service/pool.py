@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tokenwire_service.admission import Admission
-from tokenwire_service.config import Upstream
+from tokenwire_service.config import Key, Upstream
 from tokenwire_service.keyring import KeyRing, Lease, Unavailable
 from tokenwire_service.upstream.client import UpstreamClient
 
@@ -52,7 +52,7 @@ class Pool:
 
     @property
     def upstream(self) -> Upstream:
-        """Its configuration."""
+        """Its configuration. Its keys are those of the start: the ring has those of now."""
         return self.client.upstream
 
     @property
@@ -86,6 +86,12 @@ class Pool:
     def release(self, lease: Lease) -> None:
         """Ends a lease; the next may have its key."""
         self.ring.release(lease)
+        self.look()
+
+    def replace(self, keys: Iterable[Key]) -> None:
+        """Other keys, while calls run: as KeyRing.replace. Who waits may have one of the new; who
+        waits for one that has left is told, if there is no other."""
+        self.ring.replace(keys)
         self.look()
 
     def look(self) -> None:

@@ -89,11 +89,24 @@ class Scrubber:
     Secrets of fewer than `shortest` characters are left alone.
     """
 
-    def __init__(self, secrets: Iterable[Secret], shortest: int = 1) -> None:
+    _REMEMBERED = 1000  # secrets that `replace` has dropped: what is under way may quote them yet
+
+    def __init__(self, secrets: Iterable[Secret] = (), shortest: int = 1) -> None:
+        self._shortest = shortest
+        self._secrets: dict[Secret, None] = {}  # in order: the one dropped last stands last
+        self._forms: list[str] = []
+        self.replace(secrets)
+
+    def replace(self, secrets: Iterable[Secret]) -> None:
+        """Takes the secrets in use now. Those from before are not forgotten, but for all except
+        the last thousand that are in use no more."""
+        current = dict.fromkeys(secrets)
+        dropped = [secret for secret in self._secrets if secret not in current]
+        self._secrets = dict.fromkeys(dropped[-self._REMEMBERED :]) | current
         forms: set[str] = set()
-        for secret in secrets:
+        for secret in self._secrets:
             text = secret.reveal()
-            if len(text) >= shortest:
+            if len(text) >= self._shortest:
                 forms |= {text, json.dumps(text)[1:-1], repr(text)[1:-1]}
         # The longest first: a key may begin with another.
         self._forms = sorted(forms, key=len, reverse=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from tokenwire.admin.v1 import admin_service_pb2, admin_service_pb2_grpc
 from tokenwire.v1 import (
     chat_service_pb2,
     chat_service_pb2_grpc,
@@ -24,18 +27,24 @@ from tokenwire.v1 import (
     tokenizer_service_pb2,
     tokenizer_service_pb2_grpc,
 )
+from tokenwire_service import keyfiles
+from tokenwire_service.admin import AdminServicer
 from tokenwire_service.admission import Admission
 from tokenwire_service.callers import Callers
 from tokenwire_service.certificates import Certificates
 from tokenwire_service.config import Config, Upstream
+from tokenwire_service.counters import Counters
 from tokenwire_service.gateway import Gateway
 from tokenwire_service.interceptors import Boundary
+from tokenwire_service.keyfiles import FileUnusable, FileUsable, KeyFiles
 from tokenwire_service.keyring import KeyRing
 from tokenwire_service.pool import Pool
 from tokenwire_service.relay import HEARTBEAT_SECONDS
 from tokenwire_service.retry import Backoff
+from tokenwire_service.secret import Scrubber
 from tokenwire_service.servicer import ChatServicer, ModelServicer, TokenizerServicer
-from tokenwire_service.telemetry import LogObserver, Observer
+from tokenwire_service.settings import ADMIN_OFF, DEFAULT_ADMIN
+from tokenwire_service.telemetry import LogObserver, Observer, Observers, log_scrubber
 from tokenwire_service.tokens import TokenCounter
 from tokenwire_service.upstream.client import UpstreamClient
 from tokenwire_service.upstream.dialects import chooser
@@ -45,6 +54,8 @@ SERVICES = (
     tokenizer_service_pb2.DESCRIPTOR.services_by_name["TokenizerService"].full_name,
     model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
 )
+
+ADMIN_SERVICE = admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 
 # Why each: docs/architecture.md, "Transport".
 _OPTIONS: tuple[tuple[str, int], ...] = (
@@ -82,9 +93,11 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]  # no types are p
 
 @dataclass(frozen=True)
 class Running:
-    """A gateway that serves. `address` is where, with the port that was really bound."""
+    """A gateway that serves. `address` is where, with the port that was really bound; `admin` the
+    same for operators, empty where that is off."""
 
     address: str
+    admin: str
     gateway: Gateway
     server: grpc.aio.Server
     boundary: Boundary
@@ -108,14 +121,17 @@ async def serving(
     logger: logging.Logger,
     *,
     observer: Observer | None = None,
+    scrub: Scrubber | None = None,
     grace: float = 0.0,
     heartbeat: float = HEARTBEAT_SECONDS,
 ) -> AsyncIterator[Running]:
-    """Serves until left, then gives running calls `grace` seconds. `heartbeat`: seconds of
-    silence until a stream sends an empty message. Raises ListenError if the port cannot be
-    opened."""
+    """Serves until left, then gives running calls `grace` seconds. `scrub`: what keeps keys out of
+    the log; it learns of new ones. `heartbeat`: seconds of silence until a stream sends an empty
+    message. Raises ListenError if a port cannot be opened."""
     async with AsyncExitStack() as stack:
-        observer = observer or LogObserver(logger)
+        counters = Counters()
+        observer = Observers(observer or LogObserver(logger), counters)
+        scrub = scrub or log_scrubber()
         pools: dict[str, Pool] = {}
         dialect = chooser()
         for upstream in config.upstreams:
@@ -158,17 +174,34 @@ async def serving(
         health_servicer = Health()
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         if config.reflection:
-            _add_reflection(server)
-        address = _listen(server, config, logger)
+            _add_reflection(server, (*SERVICES, health.SERVICE_NAME))
+        tls = config.tls
+        address = _listen(
+            server,
+            config.listen,
+            "--listen",
+            None if tls is None else lambda: Certificates(tls, logger).credentials(),
+        )
+        files = KeyFiles(config.upstreams)
+        servicer = AdminServicer(gateway, config, pools, counters, files, scrub, logger)
+        admin = await _admin(servicer, config, logger, stack)
         await server.start()
         stack.push_async_callback(server.stop, grace)
+        scrub.replace(key.secret for pool in pools.values() for key in pool.ring.keys)
+        tell = _teller(pools, counters, scrub, logger)
+        watching = asyncio.ensure_future(_watch(files, tell, config.key_file_interval, logger))
+        stack.push_async_callback(_cancelled, watching)
         for name in ("", *SERVICES):
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-        yield Running(address, gateway, server, boundary, health_servicer, pools)
+        yield Running(address, admin, gateway, server, boundary, health_servicer, pools)
 
 
 async def serve_until_signalled(
-    config: Config, logger: logging.Logger, announce: Callable[[Running], None]
+    config: Config,
+    logger: logging.Logger,
+    announce: Callable[[Running], None],
+    *,
+    scrub: Scrubber | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once.
 
@@ -182,7 +215,7 @@ async def serve_until_signalled(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, number)
     try:
-        async with serving(config, logger) as running:
+        async with serving(config, logger, scrub=scrub) as running:
             announce(running)
             ended = asyncio.ensure_future(running.server.wait_for_termination())
             first = await _next(signals, {ended})
@@ -235,21 +268,113 @@ def _bulkhead(config: Config, upstream: Upstream) -> Admission:
     return Admission(slots, config.limits.queue, time.monotonic)
 
 
-def _listen(server: grpc.aio.Server, config: Config, logger: logging.Logger) -> str:
-    """Opens the port; the address, with the number that was really bound for port 0."""
-    listen = config.listen
+async def _admin(
+    servicer: AdminServicer, config: Config, logger: logging.Logger, stack: AsyncExitStack
+) -> str:
+    """Opens the port for operators; where, empty for nowhere. Nobody has asked for the default
+    one, so a second gateway on this machine does without."""
+    configured = config.admin.listen
+    if configured == ADMIN_OFF:
+        return ""
+    server = grpc.aio.server(options=_OPTIONS)
+    admin_service_pb2_grpc.add_AdminServiceServicer_to_server(
+        servicer,  # type: ignore[arg-type]
+        server,
+    )
+    if config.reflection:
+        _add_reflection(server, (ADMIN_SERVICE,))
+    try:
+        address = _listen(server, configured or DEFAULT_ADMIN, "admin.listen")
+    except ListenError as error:
+        if configured is not None:
+            raise
+        without = "`tokenwire keys` will not show this gateway"
+        logger.warning("no admin port", extra={"fields": {"why": str(error), "so": without}})
+        return ""
+    if address.startswith("unix:"):  # what the loopback interface cannot: others may not ask
+        path = address.removeprefix("unix:").removeprefix("//")
+        os.chmod(path, 0o600)  # noqa: PTH101  # the address is a text
+    await server.start()
+    stack.push_async_callback(server.stop, 0)
+    return address
+
+
+def _teller(
+    pools: Mapping[str, Pool], counters: Counters, scrub: Scrubber, logger: logging.Logger
+) -> Callable[[keyfiles.Change], None]:
+    """What is done about a change of the files of keys, and said of it."""
+
+    def tell(change: keyfiles.Change) -> None:
+        if isinstance(change, FileUnusable):
+            fields: dict[str, object] = {
+                "file": str(change.path),
+                "problem": change.problem,
+                "so": "its last good keys stay",
+            }
+            logger.warning("key file unusable", extra={"fields": fields})
+            return
+        if isinstance(change, FileUsable):
+            fields = {"file": str(change.path)}
+            logger.info("key file usable again", extra={"fields": fields})
+            return
+        known = [key for pool in pools.values() for key in pool.ring.known_keys]
+        scrub.replace(key.secret for key in (*known, *change.keys))
+        pool = pools[change.upstream]
+        pool.replace(change.keys)
+        counters.keep(change.upstream, (key.id for key in pool.ring.known_keys))
+        if change.added or change.removed or change.changed:
+            fields = {
+                "upstream": change.upstream,
+                "added": ",".join(change.added),
+                "removed": ",".join(change.removed),
+                "changed": ",".join(change.changed),
+                "keys": len(change.keys),
+            }
+            logger.info("keys changed", extra={"fields": fields})
+
+    return tell
+
+
+async def _watch(
+    files: KeyFiles,
+    tell: Callable[[keyfiles.Change], None],
+    interval: float,
+    logger: logging.Logger,
+) -> None:
+    """A defect must not end the watch in silence."""
+    while files.paths:
+        try:
+            await keyfiles.watch(files, tell, interval=interval)
+        except Exception:
+            logger.exception("defect", extra={"fields": {"where": "files of keys"}})
+            await asyncio.sleep(interval)
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+def _listen(
+    server: grpc.aio.Server,
+    listen: str,
+    option: str,
+    credentials: Callable[[], grpc.ServerCredentials] | None = None,
+) -> str:
+    """Opens the port; the address, with the number that was really bound for port 0. `option`:
+    what takes another. With `credentials` it speaks TLS."""
     if listen.startswith("unix:") and _is_served(listen.removeprefix("unix:").removeprefix("//")):
         raise ListenError(f"cannot listen on {listen}: another process serves there")
     try:
-        if config.tls is not None:
-            certificates = Certificates(config.tls, logger)
-            port = server.add_secure_port(listen, certificates.credentials())
+        if credentials is not None:
+            port = server.add_secure_port(listen, credentials())
         else:
             port = server.add_insecure_port(listen)
     except (OSError, ValueError) as error:
         raise ListenError(f"cannot listen on {listen}: tls: {error}") from error
     except RuntimeError as error:
-        hint = "is it in use? --listen takes another"
+        hint = f"is it in use? {option} takes another"
         raise ListenError(f"cannot listen on {listen}: {hint}") from error
     host, colon, number = listen.rpartition(":")
     return f"{host}:{port}" if colon and number == "0" else listen
@@ -268,9 +393,9 @@ def _is_served(path: str) -> bool:
         return True
 
 
-def _add_reflection(server: grpc.aio.Server) -> None:
+def _add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
     """v1alpha, and v1, whose messages are the same and which grpcio-reflection lacks."""
-    names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    names = (*services, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     handler = grpc.stream_stream_rpc_method_handler(
         reflection.aio.ReflectionServicer(names).ServerReflectionInfo,

@@ -5,9 +5,11 @@ are inclusive and stand in the types, where `typed_yaml` finds them, and default
 docs/configuration.md says the same for operators.
 """
 
+import ipaddress
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -21,6 +23,8 @@ from tokenwire_service.secret import Digest, Secret
 from tokenwire_service.typed_yaml import Field
 from tokenwire_service.validation import RANGES, Range
 
+DEFAULT_ADMIN = "127.0.0.1:50052"
+ADMIN_OFF = "off"
 OPENAI_BASE_URL = "https://api.openai.com/v1"
 # Parameters that api.openai.com refuses with 400; other hosts take what they take.
 OPENAI_UNSUPPORTED = frozenset({"top_k", "min_p", "repetition_penalty", "enable_thinking"})
@@ -102,6 +106,16 @@ def _parse_listen(value: object) -> str:
     raise ValueError(value)
 
 
+def _parse_admin_listen(value: object) -> str:
+    if value is False or value == ADMIN_OFF:  # YAML 1.1 reads `off` as false
+        return ADMIN_OFF
+    listen = _parse_listen(value)
+    host = listen.rpartition(":")[0].strip("[]")
+    if listen.startswith("unix:") or host == "localhost" or ipaddress.ip_address(host).is_loopback:
+        return listen
+    raise ValueError(value)
+
+
 def _parse_header_name(value: object) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}", value):
         raise ValueError(value)
@@ -123,6 +137,14 @@ Listen = Annotated[
     Meta(
         description='host:port, "[::]:port" in quotes, or unix:/path',
         extra={"parse": _parse_listen},
+    ),
+]
+AdminListen = Annotated[
+    str,
+    Meta(
+        description='host:port of the loopback interface, "[::1]:port" in quotes, unix:/path, or '
+        "off",
+        extra={"parse": _parse_admin_listen},
     ),
 ]
 Url = Annotated[
@@ -285,6 +307,13 @@ class Log(Struct, frozen=True, kw_only=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
+class Admin(Struct, frozen=True, kw_only=True):
+    """The port for operators, apart from that for callers and only for this machine."""
+
+    # Port 0: any free one. None: DEFAULT_ADMIN, and nothing where another process has it.
+    listen: AdminListen | None = None
+
+
 class Retries(Struct, frozen=True, kw_only=True):
     """Trying again while nothing has been delivered."""
 
@@ -370,6 +399,14 @@ _KEY = Meta(
 _KEYS = Meta(min_length=1, description="a list of keys, each a mapping with env or file")
 
 
+class KeyEntry(Struct, frozen=True, kw_only=True):
+    """One entry of `keys` as it was read: the keys it holds, and where it may be read again."""
+
+    source: KeySource
+    path: Path | None  # of the file; None: of the environment, which does not change
+    secrets: tuple[Secret, ...]  # in the order found, with repetitions
+
+
 class Upstream(Struct, frozen=True, kw_only=True):
     """One provider, spoken to with a pool of keys."""
 
@@ -380,6 +417,8 @@ class Upstream(Struct, frozen=True, kw_only=True):
     dialect: DialectName = "openai"
     # At least one; in the order written, repetitions dropped.
     keys: Annotated[tuple[Annotated[Key, _KEY], ...], _KEYS]
+    # What `keys` was made of, where it was read from a configuration.
+    key_entries: Annotated[tuple[KeyEntry, ...], Internal] = ()
     # Sent as OpenAI-Organization, in turn, with keys that have none of their own.
     organizations: tuple[
         Annotated[Organization, Meta(extra={"source": OrganizationSource})], ...
@@ -500,6 +539,10 @@ class Config(Struct, frozen=True, kw_only=True):
     reflection: bool = True
     log: Log = Log()
     retries: Retries = Retries()
+    admin: Admin = Admin()
+    # Between two looks at each file of keys, seconds. A change is taken once two looks in a row
+    # have found the same.
+    key_file_interval: Annotated[float, _duration("10ms", "1h")] = 1.0
     # Empty only if `needs_simulator`.
     upstreams: tuple[Upstream, ...] = ()
     models: tuple[Model, ...] = ()

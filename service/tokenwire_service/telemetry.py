@@ -15,10 +15,15 @@ from typing import Protocol, TextIO
 
 from tokenwire_service.secret import Scrubber, Secret
 
+# The `fault` of an attempt whose end is not its upstream's doing: the caller left, did not read, or
+# its time was over.
+ABANDONED = "abandoned"
+
 
 @dataclass(frozen=True)
 class AttemptEvent:
-    """One request to one upstream with one key ended. `fault` is empty when it answered."""
+    """One request to one upstream with one key ended. `fault` is empty when it answered. Tokens:
+    as the upstream told them, or where it was cut off an estimate, or 0."""
 
     request_id: str
     upstream: str
@@ -28,6 +33,9 @@ class AttemptEvent:
     fault: str
     upstream_code: str
     seconds: float
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    usage_estimated: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,20 +90,42 @@ class LogObserver:
             self._logger.log(level, name, extra={"fields": fields})
 
 
+class Observers:
+    """Several observers as one: each is told of every event, in their order."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def attempt(self, event: AttemptEvent) -> None:
+        """Tells all."""
+        for observer in self._observers:
+            observer.attempt(event)
+
+    def call(self, event: CallEvent) -> None:
+        """Tells all."""
+        for observer in self._observers:
+            observer.call(event)
+
+
 # Characters. Shorter ones are placeholders for upstreams without keys, and may be plain words.
 _SHORTEST_KEY = 8
+
+
+def log_scrubber(secrets: Iterable[Secret] = ()) -> Scrubber:
+    """One that leaves words alone which only stand where a key should."""
+    return Scrubber(secrets, _SHORTEST_KEY)
 
 
 class LineFormatter(logging.Formatter):
     """One line per record: JSON, or `time level name key=value ...` for people.
 
-    `secrets` never show, whoever wrote them: the text of an exception may quote a header.
+    What `scrub` knows never shows, whoever wrote it: the text of an exception may quote a header.
     """
 
-    def __init__(self, as_json: bool, secrets: Iterable[Secret] = ()) -> None:
+    def __init__(self, as_json: bool, scrub: Scrubber | None = None) -> None:
         super().__init__()
         self._as_json = as_json
-        self._scrub = Scrubber(secrets, _SHORTEST_KEY)
+        self._scrub = scrub or log_scrubber()
 
     def format(self, record: logging.LogRecord) -> str:
         """The line. Line breaks in values are escaped, so that no value can forge a line."""
@@ -136,12 +166,12 @@ _LIBRARIES = ("aiohttp", "asyncio", "grpc")
 
 
 def configure_logging(
-    level: str, as_json: bool, stream: TextIO | None = None, secrets: Iterable[Secret] = ()
+    level: str, as_json: bool, stream: TextIO | None = None, scrub: Scrubber | None = None
 ) -> logging.Logger:
-    """The gateway's logger, writing lines to `stream` (stderr), none of which shows a secret.
-    What the libraries beneath have to warn of goes the same way."""
+    """The gateway's logger, writing lines to `stream` (stderr), none of which shows a secret that
+    `scrub` knows. What the libraries beneath have to warn of goes the same way."""
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(LineFormatter(as_json, secrets))
+    handler.setFormatter(LineFormatter(as_json, scrub))
     for name in ("tokenwire", *_LIBRARIES):
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]

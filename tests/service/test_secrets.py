@@ -30,7 +30,7 @@ from tokenwire_service.cli import _serve_config
 from tokenwire_service.config import Config, Key, Retries, Upstream
 from tokenwire_service.keyring import KeyRing, Lease
 from tokenwire_service.secret import Secret
-from tokenwire_service.telemetry import LineFormatter, LogObserver
+from tokenwire_service.telemetry import LineFormatter, LogObserver, log_scrubber
 from tokenwire_service.upstream.client import UpstreamClient
 
 SECRETS = (
@@ -221,7 +221,7 @@ async def test_a_defect_whose_text_holds_a_key_is_logged_without_it(
     secrets = [Secret(text) for text in (*SECRETS, ODD)]
     for as_json in (True, False):
         handler = logging.StreamHandler(stream)
-        handler.setFormatter(LineFormatter(as_json, secrets))
+        handler.setFormatter(LineFormatter(as_json, log_scrubber(secrets)))
         logging.getLogger("tokenwire.test").addHandler(handler)
         handlers.append(handler)
     try:
@@ -277,7 +277,9 @@ def loggers_restored() -> Iterator[None]:
 async def test_serve_hides_its_keys_from_whoever_logs_below_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async def serving(_config: Config, logger: logging.Logger, _announce: object) -> None:
+    async def serving(
+        _config: Config, logger: logging.Logger, _announce: object, **_more: object
+    ) -> None:
         logger.error(f"one {SECRETS[0]}")
         logging.getLogger("aiohttp.client").warning(f"two {SECRETS[1]}")
         logging.getLogger("asyncio").error(f"three {SECRETS[0]}")

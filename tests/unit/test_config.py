@@ -264,8 +264,10 @@ ENV = "the name of an environment variable (the key itself never stands here)"
 HEADER = "a header name, neither set by the gateway nor for credentials"
 TEXT = "text (in quotes if it looks like something else)"
 FIELDS = (  # in order
-    "listen, tls, callers, limits, timeouts, drain, reflection, log, retries, upstreams, models"
+    "listen, tls, callers, limits, timeouts, drain, reflection, log, retries, admin, "
+    "key_file_interval, upstreams, models"
 )
+ADMIN = 'host:port of the loopback interface, "[::1]:port" in quotes, unix:/path, or off'
 KEY = "a mapping with env or file (the key itself never stands here)"
 KEY_TEXT = "up to 4096 visible ASCII characters"
 KEY_FILE = "a readable file with one key on each line"
@@ -280,6 +282,26 @@ MALFORMED: dict[str, tuple[str, list[str]]] = {
             "4: limits.in_flght: got an unknown key, expected one of message_bytes, in_flight, "
             "queue, batch_items_at_once, tokenizer_bytes, upstream_answer_bytes, "
             "upstream_event_bytes (did you mean in_flight?)",
+        ],
+    ),
+    "an admin port that others could reach": (
+        "admin: {listen: '0.0.0.0:50052'}\nx-a: 1",
+        [f'2: admin.listen: got "0.0.0.0:50052", expected {ADMIN}'],
+    ),
+    "an admin port on every interface": (
+        'admin:\n  listen: "[::]:50052"',
+        [f'3: admin.listen: got "[::]:50052", expected {ADMIN}'],
+    ),
+    "an admin port of another machine": (
+        "admin:\n  listen: gateway.example:50052",
+        [f'3: admin.listen: got "gateway.example:50052", expected {ADMIN}'],
+    ),
+    "an admin switch": (
+        "admin: {listen: on}\nkey_file_interval: 1",
+        [
+            f"2: admin.listen: got on, expected {ADMIN}",
+            "3: key_file_interval: got 1, expected a duration such as 30s or 500ms, from 10ms to "
+            "1h",
         ],
     ),
     "x- only at the top": (
@@ -1007,6 +1029,7 @@ models:
     assert check(Path("t.yaml"), ENVIRON, out) == 0
     assert out.getvalue() == (
         "listen     127.0.0.1:50051\n"
+        "admin      127.0.0.1:50052, if that is free\n"
         "upstream   u  http://u/v1  (openai)\n"
         "  key      a  quota group o  weight 1  organization o\n"
         "model      fast -> u big  also default\n"
@@ -1095,6 +1118,38 @@ def test_certificates_that_cannot_be_used() -> None:
         text = f"certificate: {certificate}, key: {key}, client_authorities: {authorities}"
         [problem] = problems(UPSTREAM + f"tls: {{{text}}}\n")
         assert place in problem
+
+
+# --- what changes while it runs -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("127.0.0.1:0", "127.0.0.1:0"),
+        ("127.1.2.3:50052", "127.1.2.3:50052"),
+        ("localhost:50052", "localhost:50052"),
+        ("'[::1]:50052'", "[::1]:50052"),
+        ("unix:/run/admin.sock", "unix:/run/admin.sock"),
+        ("off", "off"),
+        ("'off'", "off"),
+        ("~", None),
+    ],
+)
+def test_the_admin_port_is_for_this_machine(written: str, meant: str | None) -> None:
+    assert load_text(f"{UPSTREAM}admin: {{listen: {written}}}").admin.listen == meant
+
+
+def test_the_entries_of_keys_are_kept_for_when_their_files_change() -> None:
+    Path("keys.txt").write_text("a\nb\na\n")
+    config = load_text(
+        "upstreams: {u: {base_url: http://u, passthrough: true, "
+        "keys: [{env: K}, {file: keys.txt, id: f}]}}"
+    )
+    entries = config.upstreams[0].key_entries
+    assert [entry.path for entry in entries] == [None, Path("keys.txt")]
+    assert [secret.reveal() for secret in entries[1].secrets] == ["a", "b", "a"]
+    assert [key.id for key in config.upstreams[0].keys][1:] == ["f-1", "f-2"]
 
 
 # --- documents --------------------------------------------------------------------------
@@ -1224,5 +1279,6 @@ def test_the_example_has_every_field() -> None:
 def test_what_the_example_calls_defaults_are_defaults() -> None:
     text = EXAMPLE.read_text(encoding="utf-8")
     shared = text[: text.index("\nupstreams:")].replace("format: json", "format: ~")
+    shared = shared.replace("listen: 127.0.0.1:50052", "listen: ~")
     config = load_text(shared, {"OPENAI_API_KEY": "a"})
     assert config == load(None, {"OPENAI_API_KEY": "a"})

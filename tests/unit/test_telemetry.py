@@ -18,6 +18,7 @@ from tokenwire_service.telemetry import (
     LineFormatter,
     LogObserver,
     configure_logging,
+    log_scrubber,
 )
 
 ATTEMPT = AttemptEvent("r1", "openai", "m", "k1", 429, "rate_limited", "slow_down", 0.123456)
@@ -128,7 +129,7 @@ def test_no_secret_shows_whoever_wrote_it(quoted: str, as_json: bool) -> None:
         raise ValueError(quoted)
     except ValueError as error:
         made.exc_info = (ValueError, error, error.__traceback__)
-    text = LineFormatter(as_json, [Secret("other-secret"), Secret(KEY)]).format(made)
+    text = LineFormatter(as_json, log_scrubber([Secret("other-secret"), Secret(KEY)])).format(made)
     assert "***" in text
     assert "hidden" not in text
     assert "sk-" not in text
@@ -141,13 +142,15 @@ def test_the_longest_secret_is_found_first() -> None:
 
 def test_words_too_short_for_keys_stay() -> None:
     secrets = [Secret("none"), Secret("sk-12345")]
-    line = LineFormatter(as_json=False, secrets=secrets).format(record({"v": "none/sk-12345"}))
+    line = LineFormatter(as_json=False, scrub=log_scrubber(secrets)).format(
+        record({"v": "none/sk-12345"})
+    )
     assert line.endswith("v=none/***")
     assert Scrubber(secrets, shortest=5)("none/sk-12345") == "none/***"
 
 
 def test_what_libraries_warn_of_goes_the_same_way(log: io.StringIO) -> None:
-    configure_logging("error", as_json=True, stream=log, secrets=[Secret("sk-12345")])
+    configure_logging("error", as_json=True, stream=log, scrub=log_scrubber([Secret("sk-12345")]))
     for name in ("aiohttp.client", "asyncio", "grpc._cython"):
         logging.getLogger(name).info("nothing to tell")
         logging.getLogger(name).warning("about sk-12345")
