@@ -416,6 +416,53 @@ arrivals = st.lists(
 )
 
 
+# --- other keys while calls run ---------------------------------------------------------
+
+
+def test_who_waits_has_a_key_that_comes() -> None:
+    async def main() -> None:
+        pool, _ = pool_of(key(in_flight=1))
+        held = await taken(pool)
+        waiting = await begun(*(use(pool) for _ in range(3)))
+        start = now()
+        pool.replace([key(in_flight=1), key("new", "t", in_flight=2)])
+        assert [await each for each in waiting] == [start, start, start + 1.0]
+        pool.release(held)
+
+    run(main())
+
+
+def test_who_waits_for_keys_that_all_left_is_told_at_once() -> None:
+    async def main() -> None:
+        pool, ring = pool_of(key(in_flight=1))
+        held = await taken(pool)
+        waiting = await begun(*(pool.lease("m", math.inf) for _ in range(3)))
+        start = now()
+        pool.replace([])
+        told = [await each for each in waiting]
+        assert told == [Unavailable(math.inf, Fault.KEY_REJECTED)] * 3
+        assert now() == start
+        assert pool.waiting == 0
+        pool.ring.succeed(held)  # it goes on to its end
+        pool.release(held)
+        assert ring.in_flight == 0
+
+    run(main())
+
+
+def test_who_waits_for_a_key_that_cools_has_the_one_that_replaces_it() -> None:
+    async def main() -> None:
+        pool, _ = pool_of(key())
+        fail(pool, await taken(pool), Fault.RATE_LIMITED, 60.0)
+        (waiter,) = await begun(use(pool))
+        await asyncio.sleep(1.0)
+        start = now()
+        pool.replace([key("other", "t")])
+        assert await waiter == start
+
+    run(main())
+
+
 @given(
     script=arrivals,
     in_flight=st.none() | st.integers(1, 2),
