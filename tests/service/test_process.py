@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import itertools
 import json
@@ -355,7 +356,7 @@ async def test_check_config_shows_what_would_run_and_no_key(
 async def test_help_names_every_command_and_an_unknown_one_is_refused() -> None:
     told = await ended("--help")
     assert told.process.returncode == 0
-    for command in ("serve", "check-config", "simulate", "chat", "demo"):
+    for command in ("serve", "keys", "check-config", "simulate", "chat", "demo"):
         assert command in told.out
     refused = await ended("nonsense")
     assert refused.process.returncode == 2
@@ -375,6 +376,147 @@ async def test_the_simulator_runs_as_a_program_of_its_own() -> None:
         assert await program.exit_code() == 0
     refused = await ended("simulate", "--listen", "nowhere")
     assert refused.process.returncode == 2
+
+
+# --- looking in -------------------------------------------------------------------------
+
+
+async def test_tokenwire_keys_shows_the_keys_of_a_gateway_that_runs(tmp_path: Path) -> None:
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        key = asked.headers["authorization"].removeprefix("Bearer ")
+        if key == SECRETS[0]:
+            return web.json_response({"error": {"message": f"Incorrect: {key}"}}, status=401)
+        if (await asked.json())["model"] == "full":
+            headers = {"retry-after": "300"}
+            error = {"error": {"message": "slow down", "code": f"limit {key}"}}
+            return web.json_response(error, status=429, headers=headers)
+        return completion(usage={"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7})
+
+    (tmp_path / "keys").write_text("\n".join(SECRETS))
+    async with provider(answer) as served:
+        entry = {"file": "keys", "id": "team"}
+        one = {"base_url": served.base_url, "keys": [entry], "passthrough": True}
+        config = write_config(
+            tmp_path,
+            served.base_url,
+            upstreams={"test": one},
+            admin={"listen": "127.0.0.1:0"},
+            key_file_interval="10ms",
+            log={"level": "debug"},
+        )
+        async with serve("--config", config) as gateway:
+            target = gateway.event("serving")["admin"]  # type: ignore[index]
+            await gateway.chat.Chat(request(PROMPT))
+            await failing(gateway.chat.Chat(request(PROMPT, model="full"), timeout=1.0))
+            table = await ended("keys", "--target", target)
+            as_json = await ended("keys", "--json", TOKENWIRE_ADMIN=target)
+            # The rejected key is renewed, and what the log is told of is known as a secret.
+            renewed = "sk-test-Planted2-qrstuvwx"
+            (tmp_path / "keys").write_text(f"{SECRETS[1]}\n{renewed}")
+            await until(lambda: gateway.event("keys changed") is not None)
+            models = [f"a {secret} b" for secret in (*SECRETS, renewed)]
+            for model in models:
+                await gateway.chat.Chat(request(PROMPT, model=model))
+            (tmp_path / "keys").unlink()
+            await until(lambda: gateway.event("key file unusable") is not None)
+            later = await ended("keys", "--target", target)
+            gateway.signal(signal.SIGINT)
+            assert await gateway.exit_code() == 0
+        gone = await ended("keys", "--target", target)
+    assert table.process.returncode == as_json.process.returncode == 0
+    lines = [line.split() for line in table.out.splitlines()]
+    (first,) = (line for line in lines if line[0:1] == ["team-1"])
+    (second,) = (line for line in lines if line[0:1] == ["team-2"])
+    assert first[:7] == ["team-1", "retired", "team-1", "0", "1", "0", "key_rejected:1"]
+    assert second[1] == "partly"
+    assert "retired: the key (key_rejected)" in table.out
+    assert ": its quota group, for full (rate_limited)" in table.out
+    assert table.lines == []
+
+    found = json.loads(as_json.out)
+    assert found["gateway"]["inFlight"] == 0
+    (upstream_now,) = found["upstreams"]
+    assert (upstream_now["name"], upstream_now["keysGeneration"]) == ("test", "1")
+    states = {key["id"]: key["state"] for key in upstream_now["keys"]}
+    assert states == {"team-1": "KEY_STATE_RETIRED", "team-2": "KEY_STATE_PARTLY"}
+    counts = {key["id"]: key["counters"] for key in upstream_now["keys"]}
+    assert counts["team-1"]["faults"] == [{"fault": "key_rejected", "count": "1"}]
+    assert counts["team-2"]["successes"] == "1"
+    assert (counts["team-2"]["promptTokens"], counts["team-2"]["completionTokens"]) == ("3", "4")
+
+    assert "keys set 2 times" in later.out
+    assert "unreadable (No such file or directory); its last good keys stay (test)" in later.out
+    assert "ready" in next(line for line in later.out.splitlines() if "team-1" in line)
+    everything = "\n".join((table.out, as_json.out, later.out, *gateway.lines))
+    assert "Planted" not in everything
+    assert PROMPT not in everything
+    changed = gateway.event("keys changed")
+    assert changed is not None
+    assert (changed["changed"], changed["added"], changed["removed"]) == ("team-1", "", "")
+    logged = [json.loads(line).get("model") for line in gateway.lines if line.startswith("{")]
+    assert logged.count("a *** b") >= len(models)
+
+    assert gone.process.returncode == 1
+    (line,) = gone.lines
+    assert line.startswith(f"tokenwire keys: no gateway answers at {target}: is it running")
+
+
+async def test_tokenwire_keys_says_when_it_asks_at_the_port_for_callers() -> None:
+    async with serve() as gateway:
+        asked = await ended("keys", "--target", gateway.event("serving")["address"])  # type: ignore[index]
+    assert asked.process.returncode == 1
+    (line,) = asked.lines
+    assert "that may be the port for callers" in line
+
+
+async def test_the_admin_port_is_not_for_callers_nor_theirs_for_operators(tmp_path: Path) -> None:
+    path = tmp_path / "admin.sock"
+    config = write_config(
+        tmp_path, "http://127.0.0.1:1/v1", admin={"listen": f"unix:{path}"}, reflection=False
+    )
+    async with serve("--config", config, TEST_KEY=SECRETS[0]) as gateway:
+        assert gateway.event("serving")["admin"] == f"unix:{path}"  # type: ignore[index]
+        assert path.stat().st_mode & 0o077 == 0  # nobody else may ask
+        told = await ended("keys", "--target", f"unix:{path}")
+        assert told.process.returncode == 0
+        assert "upstream test" in told.out
+        async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
+            failure = await failing(chat_service_pb2_grpc.ChatServiceStub(channel).Chat(request()))
+    assert failure.code is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_the_admin_port_can_be_switched_off(tmp_path: Path) -> None:
+    config = write_config(tmp_path, "http://127.0.0.1:1/v1", admin={"listen": "off"})
+    async with serve("--config", config, TEST_KEY=SECRETS[0]) as gateway:
+        assert gateway.event("serving")["admin"] == "off"  # type: ignore[index]
+        assert gateway.event("no admin port") is None
+
+
+async def test_a_configured_admin_port_in_use_ends_it_with_one_line(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        config = write_config(tmp_path, "http://127.0.0.1:1/v1", admin={"listen": address})
+        listen = ("--listen", "127.0.0.1:0")
+        program = await ended("serve", "--config", config, *listen, TEST_KEY=SECRETS[0])
+    assert program.process.returncode == 1
+    hint = "is it in use? admin.listen takes another"
+    assert program.lines == [f"tokenwire: cannot listen on {address}: {hint}"]
+
+
+async def test_a_gateway_whose_default_admin_port_is_taken_serves_without() -> None:
+    with socket.socket() as taken:
+        with contextlib.suppress(OSError):  # then somebody else has it already
+            taken.bind(("127.0.0.1", 50052))
+            taken.listen()
+        async with serve() as gateway:
+            assert gateway.event("serving")["admin"] == "off"  # type: ignore[index]
+            told = gateway.event("no admin port")
+            assert told is not None
+            assert told["level"] == "warning"
+            assert "127.0.0.1:50052" in told["why"]
+            assert (await gateway.chat.Chat(paced(1))).choices[0].message.content != ""
 
 
 # --- leaving ----------------------------------------------------------------------------
