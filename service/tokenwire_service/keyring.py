@@ -17,7 +17,7 @@ import hashlib
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from tokenwire_service.concurrency import GROWTH, AdaptiveLimit
@@ -222,10 +222,12 @@ class KeyRing:
             state = before.pop(key.id, None)
             if state is None:
                 state, _ = former.pop((key.id, key.secret), (None, None))
+            renewed = state is not None and state.key.secret != key.secret
+            if state is None or renewed:  # perhaps of an account that has credit
+                self._blocks.pop(("group", key.quota_group), None)
             if state is None:
                 state = _KeyState(key, None, None, served=self._virtual_time)
-            elif state.key.secret != key.secret:  # perhaps of an account that has credit
-                self._blocks.pop(("group", key.quota_group), None)
+            elif renewed:
                 former[key.id, state.key.secret] = (state, state.key)
             state.key = key
             state.requests = _window(state.requests, key.requests_per_minute)
@@ -476,10 +478,12 @@ class KeyRing:
         """Forgets old blocks and idle groups: callers choose model names, so they have no end."""
         if len(self._blocks) + len(self._groups) < self._sweep_from:
             return
+        known = {(key.id, key.secret) for key in self.known_keys}
         self._blocks = {
             scope: block
             for scope, block in self._blocks.items()
-            if block.probe is not None or now < block.until + FORGET_AFTER
+            if block.probe is not None
+            or (now < block.until + FORGET_AFTER and _is_known(scope, known))
         }
         self._groups = {
             scope: group
@@ -487,6 +491,12 @@ class KeyRing:
             if group.in_flight or group.limit.at(now) < math.inf
         }
         self._sweep_from = max(_SWEEP_FROM, 2 * (len(self._blocks) + len(self._groups)))
+
+
+def _is_known(place: Hashable, known: Set[tuple[str, Secret]]) -> bool:
+    """Whether a block is not that of a key which left. A rejected one would else stay for ever."""
+    assert isinstance(place, tuple)
+    return place[0] != "key" or place[1:3] in known
 
 
 def _closure(place: tuple[Hashable, ...], block: Block, now: float) -> Closure | None:

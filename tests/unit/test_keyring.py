@@ -631,6 +631,24 @@ def test_a_key_that_stays_keeps_its_state() -> None:
     of.release(taken)
 
 
+@pytest.mark.parametrize("key_id", ["k0", "new"])
+def test_a_new_secret_may_be_of_an_account_that_has_credit(key_id: str) -> None:
+    of = ring(*keys_of(2, quota_group="g"))
+    meet(of, Fault.QUOTA_EXHAUSTED, now=0.0)
+    of.replace(keys_of(2, quota_group="g"))
+    assert closed(of, 1.0).fault is Fault.QUOTA_EXHAUSTED
+    of.replace([Key(id=key_id, secret=Secret("other"), quota_group="g")])
+    assert lease(of, 1.0).key.id == key_id
+
+
+def test_a_rejected_key_that_comes_back_is_still_rejected() -> None:
+    of = ring(*keys_of(1))
+    meet(of, Fault.KEY_REJECTED, now=0.0)
+    of.replace([Key(id="k0", secret=Secret("renewed"))])
+    of.replace(keys_of(1))
+    assert closed(of, 1.0).fault is Fault.KEY_REJECTED
+
+
 # --- the whole upstream -----------------------------------------------------------------
 
 
@@ -660,6 +678,15 @@ def test_model_names_without_end_do_not_fill_the_memory() -> None:
     for i in range(20_000):
         meet(of, Fault.RATE_LIMITED, now=float(10 * i), after=1.0, model=f"invented-{i}")
     assert repr(of).count("invented") < 2500
+
+
+def test_rejected_keys_without_end_do_not_fill_the_memory() -> None:
+    of = ring(*keys_of(1))
+    for number in range(5_000):
+        of.replace([Key(id="k0", secret=Secret(f"s{number}"))])
+        meet(of, Fault.KEY_REJECTED, now=float(number))
+    assert repr(of).count("key_rejected") < 1100
+    assert closed(of, 5_000.0).fault is Fault.KEY_REJECTED
 
 
 def test_a_scope_that_is_still_closed_is_never_forgotten() -> None:
