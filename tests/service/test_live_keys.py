@@ -293,11 +293,21 @@ async def test_a_rejected_key_serves_again_as_soon_as_its_secret_changes(
         (key,) = (await listing(gateway)).upstreams[0].keys
         assert key.state == admin_service_pb2.KEY_STATE_READY
         assert (key.id, key.counters.attempts, key.counters.successes) == ("team", 2, 1)
+        # Who leaves takes its counts along: its id may come back with another key.
+        swap(file, B, C)
+        await reloaded(gateway, B, C)
+        swap(file, C)
+        await reloaded(gateway, C)
+        swap(file, B)
+        await reloaded(gateway, B)
+        (key,) = (await listing(gateway)).upstreams[0].keys
+        assert (key.id, key.counters.attempts) == ("team", 0)
         swap(file, A)  # the old one is as bad as it was
         await reloaded(gateway, A)
         await failing(gateway.chat.Chat(request()))
     assert used(served) == [A, B]
-    assert [line["changed"] for line in log("keys changed")] == ["team", "team"]
+    changed = [line["changed"] for line in log("keys changed")]
+    assert (changed[0], changed[-1]) == ("team", "team")
 
 
 async def test_two_upstreams_share_a_file_beside_keys_of_their_own(
@@ -576,6 +586,31 @@ async def test_a_key_that_is_used_up_to_its_limit_is_shown_as_such(
         assert gateway.running.pools["test"].ring.snapshot(0.0).keys[0].state is State.LIMITED
         behaviour.go_on.set()
         assert (await stream).failure is None
+
+
+async def test_a_defect_does_not_end_the_watch(
+    start: Start,
+    tmp_path: Path,
+    log: Callable[[str], list[dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text(A)
+    gateway = await start(config=configured(tmp_path, "http://127.0.0.1:1", {"file": "keys"}))
+    pool = gateway.running.pools["test"]
+    replace_keys = pool.replace
+
+    def broken(_keys: object) -> None:
+        monkeypatch.setattr(pool, "replace", replace_keys)
+        raise ValueError("something internal")
+
+    monkeypatch.setattr(pool, "replace", broken)
+    swap(file, B)
+    await until(lambda: log("defect") != [])
+    swap(file, C)
+    await reloaded(gateway, C)
+    (line,) = log("defect")
+    assert "something internal" in line["trace"]
 
 
 async def test_a_defect_of_the_admin_rpc_tells_nothing_but_where_to_look(

@@ -206,3 +206,17 @@ def test_configuring_again_does_not_write_twice(log: io.StringIO) -> None:
     logger.info("once")
     assert log.getvalue().count("once") == 1
     assert not logger.propagate
+
+
+def test_a_scrubber_learns_new_secrets_and_remembers_the_last_old_ones() -> None:
+    scrub = Scrubber([Secret("old-key")])
+    scrub.replace([Secret("new-key")])
+    assert scrub("old-key new-key") == "*** ***"
+    for number in range(999):
+        scrub.replace([Secret(f"key-{number}.")])
+    assert scrub("old-key new-key key-0. key-998.") == "*** *** *** ***"
+    for number in range(2):
+        scrub.replace([Secret("back"), Secret(f"more-{number}.")])
+    assert scrub("old-key new-key key-0. key-998.") == "old-key new-key *** ***"
+    scrub.replace([])
+    assert scrub("back more-1.") == "*** ***"
