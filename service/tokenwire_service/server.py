@@ -283,6 +283,7 @@ async def _admin(
     )
     if config.reflection:
         _add_reflection(server, (ADMIN_SERVICE,))
+    umask = os.umask(0o177)  # a unix socket, unlike the loopback interface, knows who asks
     try:
         address = _listen(server, configured or DEFAULT_ADMIN, "admin.listen")
     except ListenError as error:
@@ -291,9 +292,8 @@ async def _admin(
         without = "`tokenwire keys` will not show this gateway"
         logger.warning("no admin port", extra={"fields": {"why": str(error), "so": without}})
         return ""
-    if address.startswith("unix:"):  # what the loopback interface cannot: others may not ask
-        path = address.removeprefix("unix:").removeprefix("//")
-        os.chmod(path, 0o600)  # noqa: PTH101  # the address is a text
+    finally:
+        os.umask(umask)
     await server.start()
     stack.push_async_callback(server.stop, 0)
     return address
