@@ -10,6 +10,8 @@ being written is not; a file that gives no keys changes nothing but what is said
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,9 +207,31 @@ def look_at(path: Path) -> Look:
         return Look(problem=str(error), lasting=isinstance(error, NotRegularError))
 
 
-async def look_in_thread(paths: tuple[Path, ...]) -> dict[Path, Look]:
-    """Reads all, in a thread: a network's file system may take its time."""
-    return await asyncio.to_thread(lambda: {path: look_at(path) for path in paths})
+async def look_in_thread(paths: tuple[Path, ...]) -> Mapping[Path, Look]:
+    """Reads all, in a thread: a network's file system may take its time, or never answer. So it is
+    a daemon, which nobody waits for in the end, as they would for a thread of an executor."""
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[Mapping[Path, Look]] = loop.create_future()
+
+    def tell(looks: Mapping[Path, Look] | None, error: BaseException | None) -> None:
+        if found.done():
+            return  # nobody waits any more
+        if error is not None:
+            found.set_exception(error)
+        elif looks is not None:
+            found.set_result(looks)
+
+    def look() -> None:
+        looks, failure = None, None
+        try:
+            looks = {path: look_at(path) for path in paths}
+        except BaseException as error:  # noqa: BLE001  # it is told to whoever waits
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(tell, looks, failure)
+
+    threading.Thread(target=look, name="key files", daemon=True).start()
+    return await found
 
 
 async def watch(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulation.vtime import run
 
+from tokenwire_service import keyfiles
 from tokenwire_service.keyfiles import (
     CUT,
     RESTLESS,
@@ -318,3 +320,37 @@ async def test_files_are_read_as_they_are(tmp_path: Path) -> None:
     assert looks[large] == Look(problem="unreadable (larger than 1MiB)")
     assert looks[locked] == MISSING
     assert look_at(Path("/dev/null")).lasting
+
+
+def test_a_file_system_that_never_answers_holds_up_neither_calls_nor_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = threading.Event()
+
+    def hangs(_path: Path) -> Look:
+        answers.wait()
+        return MISSING
+
+    async def main() -> None:
+        watching = asyncio.ensure_future(watch(files_of(), lambda change: None, interval=1.0))
+        await asyncio.sleep(0.05)  # the loop goes on meanwhile
+        watching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await watching
+
+    monkeypatch.setattr(keyfiles, "look_at", hangs)
+    try:
+        asyncio.run(main())  # returns though the thread does not
+    finally:
+        answers.set()
+
+
+async def test_a_defect_while_reading_reaches_whoever_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(_path: Path) -> Look:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(keyfiles, "look_at", broken)
+    with pytest.raises(MemoryError, match="no room"):
+        await look_in_thread((A,))
