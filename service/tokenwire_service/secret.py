@@ -1,10 +1,15 @@
 """A text that never shows itself, nor in the texts of others."""
 
+import base64
 import hashlib
 import hmac
 import json
+import re
+import urllib.parse
 from collections.abc import Iterable
 from typing import NoReturn, final
+
+_BEGINNING = 12  # characters by which a secret that was cut off is still recognised
 
 
 @final
@@ -84,17 +89,23 @@ class Digest:
 
 
 class Scrubber:
-    """Replaces secrets in texts, also where these quote them as JSON or Python does.
+    """Replaces secrets in texts: as they are, as JSON, Python and URLs quote them, within base64,
+    and cut off behind their first twelve characters.
 
-    Secrets of fewer than `shortest` characters are left alone.
+    Secrets of fewer than `shortest` characters are left alone. `accounts` are no secrets, but not
+    for everyone's eyes either: they are replaced where they stand as they are.
     """
 
-    def __init__(self, secrets: Iterable[Secret], shortest: int = 1) -> None:
-        forms: set[str] = set()
-        for secret in secrets:
-            text = secret.reveal()
-            if len(text) >= shortest:
-                forms |= {text, json.dumps(text)[1:-1], repr(text)[1:-1]}
+    def __init__(
+        self, secrets: Iterable[Secret], shortest: int = 1, *, accounts: Iterable[str] = ()
+    ) -> None:
+        forms: set[str] = set(accounts)
+        self._cut: list[tuple[str, str]] = []  # (beginning, the whole)
+        for secret in {each for each in secrets if len(each.reveal()) >= shortest}:
+            plain = secret.reveal()
+            quoted = _quoted(plain)
+            forms |= quoted | _within_base64(plain)
+            self._cut += [(form[:_BEGINNING], form) for form in quoted if len(form) > _BEGINNING]
         # The longest first: a key may begin with another.
         self._forms = sorted(forms, key=len, reverse=True)
 
@@ -102,4 +113,41 @@ class Scrubber:
         """`text` with `***` in place of every secret."""
         for form in self._forms:
             text = text.replace(form, "***")
+        for beginning, form in self._cut:
+            if beginning in text:
+                text = _without(text, beginning, form)
         return text
+
+
+def _quoted(plain: str) -> set[str]:
+    """A text as it is, and as JSON, Python and URLs quote it."""
+    url = urllib.parse.quote(plain, safe="")
+    lower = re.sub("%[0-9A-F]{2}", lambda found: found[0].lower(), url)
+    return {plain, json.dumps(plain)[1:-1], repr(plain)[1:-1], url, lower}
+
+
+def _within_base64(plain: str) -> set[str]:
+    """What base64 makes of a text wherever it stands in a longer one, such as `user:password`.
+    The characters at both ends are left out: they hold bits of its neighbours, too."""
+    data = plain.encode("utf-8", "surrogatepass")
+    forms: set[str] = set()
+    for before in range(3):
+        first = -(-before * 4 // 3)
+        end = (before + len(data)) * 4 // 3
+        for encode in (base64.b64encode, base64.urlsafe_b64encode):
+            form = encode(b"\0" * before + data).decode()[first:end]
+            if len(form) >= _BEGINNING:  # a shorter one may be anything
+                forms.add(form)
+    return forms
+
+
+def _without(text: str, beginning: str, form: str) -> str:
+    """`text` without what begins as `form` does, for as long as it goes on like that."""
+    kept: list[str] = []
+    while (at := text.find(beginning)) >= 0:
+        end = at + len(beginning)
+        while end < len(text) and end - at < len(form) and text[end] == form[end - at]:
+            end += 1
+        kept += (text[:at], "***")
+        text = text[end:]
+    return "".join(kept) + text

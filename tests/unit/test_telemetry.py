@@ -20,7 +20,21 @@ from tokenwire_service.telemetry import (
     configure_logging,
 )
 
-ATTEMPT = AttemptEvent("r1", "openai", "m", "k1", 429, "rate_limited", "slow_down", 0.123456)
+ATTEMPT = AttemptEvent(
+    "r1",
+    "openai",
+    "m",
+    "k1",
+    429,
+    "rate_limited",
+    "slow_down",
+    0.123456,
+    number=2,
+    reason="RATE_LIMITED",
+    key_seconds=1.5,
+    first_byte_seconds=0.25,
+    first_token_seconds=0.5,
+)
 CALL = CallEvent("r1", "tokenwire.v1.ChatService/Chat", "OK", "", "", "m", 1, 7, 9, False, 1.5)
 
 

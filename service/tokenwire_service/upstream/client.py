@@ -23,7 +23,7 @@ from yarl import URL
 
 from tokenwire.v1 import chat_pb2, chat_service_pb2, model_service_pb2
 from tokenwire_service.config import Limits, Upstream
-from tokenwire_service.errors import Fault, UpstreamFault
+from tokenwire_service.errors import TIMER, Fault, UpstreamFault
 from tokenwire_service.keyring import Lease
 from tokenwire_service.upstream import sse
 from tokenwire_service.upstream.dialect import Dialect, Encoded, Route, StreamDecoder
@@ -43,6 +43,7 @@ class Progress:
     first_byte_at: float = 0.0
     reused_connection: bool = False
     remaining_requests: int | None = None  # in the provider's window, if it says
+    remaining_tokens: int | None = None
     usage: chat_pb2.Usage | None = None
 
 
@@ -134,9 +135,8 @@ class UpstreamClient:
                     self.open_answers += 1
                     progress.http_status = response.status
                     progress.first_byte_at = self._now()
-                    remaining = response.headers.get("x-ratelimit-remaining-requests", "")
-                    if remaining.isascii() and remaining.isdigit():
-                        progress.remaining_requests = int(remaining[:12])
+                    progress.remaining_requests = _remaining(response, "requests")
+                    progress.remaining_tokens = _remaining(response, "tokens")
                     if response.status != 200:
                         raise await self._refusal(encoded.dialect, response)
                     kind = response.content_type
@@ -146,11 +146,15 @@ class UpstreamClient:
                         )
             except aiohttp.ConnectionTimeoutError:
                 raise UpstreamFault(
-                    Fault.UNREACHABLE, f"no connection within {timeouts.connect:g} s"
+                    Fault.UNREACHABLE,
+                    f"no connection within {timeouts.connect:g} s",
+                    facts={TIMER: "connect"},
                 ) from None
             except TimeoutError:
                 raise UpstreamFault(
-                    Fault.TIMEOUT, f"no answer within {timeouts.first_byte:g} s"
+                    Fault.TIMEOUT,
+                    f"no answer within {timeouts.first_byte:g} s",
+                    facts={TIMER: "first_byte"},
                 ) from None
             try:
                 yield response
@@ -215,7 +219,9 @@ class UpstreamClient:
                     piece = await response.content.readany()
             except TimeoutError:
                 raise UpstreamFault(
-                    Fault.TIMEOUT, f"silent for {idle:g} s within the answer"
+                    Fault.TIMEOUT,
+                    f"silent for {idle:g} s within the answer",
+                    facts={TIMER: "idle"},
                 ) from None
             if not piece:
                 return b"".join(pieces)
@@ -284,7 +290,8 @@ class Answer:
                 # Not by the clock: a loop's timers may run a moment early.
                 if until == self._silent_at:
                     what = f"silent for {self._idle:g} s" if self._heard else "no event in time"
-                    raise UpstreamFault(Fault.TIMEOUT, what) from None
+                    timer = "idle" if self._heard else "first_byte"
+                    raise UpstreamFault(Fault.TIMEOUT, what, facts={TIMER: timer}) from None
                 return []
             if not chunk:
                 break
@@ -330,6 +337,12 @@ async def _note_reuse(
     _session: aiohttp.ClientSession, context: SimpleNamespace, _params: Any
 ) -> None:
     context.trace_request_ctx.reused_connection = True
+
+
+def _remaining(response: aiohttp.ClientResponse, dimension: str) -> int | None:
+    """What the provider says is left of its window; None if it does not."""
+    text = response.headers.get(f"x-ratelimit-remaining-{dimension}", "")
+    return int(text[:12]) if text.isascii() and text.isdigit() else None
 
 
 def _kind(error: BaseException) -> str:
