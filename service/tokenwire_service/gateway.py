@@ -25,7 +25,7 @@ from tokenwire.v1 import (
     model_service_pb2,
 )
 from tokenwire_service.admission import Admission, FullError
-from tokenwire_service.config import Config, Model
+from tokenwire_service.config import Config, Key, Model
 from tokenwire_service.errors import (
     TIMER,
     VERDICTS,
@@ -46,7 +46,7 @@ from tokenwire_service.keyring import (
 from tokenwire_service.pool import Pool
 from tokenwire_service.relay import HEARTBEAT_SECONDS, Outbox, Write
 from tokenwire_service.retry import Backoff, RetryBudget
-from tokenwire_service.secret import Scrubber
+from tokenwire_service.secret import Scrubber, Secret
 from tokenwire_service.stops import StopFilter, cut_at
 from tokenwire_service.telemetry import AttemptEvent, Observer
 from tokenwire_service.tokens import layout
@@ -179,6 +179,8 @@ class Gateway:
             for name in (model.name, *model.aliases):
                 self._models[name] = model
         self._passthrough = next((u for u in config.upstreams if u.passthrough), None)
+        # Of each upstream, with the keys it was made for: to make one takes a while.
+        self._scrubbers: dict[str, tuple[tuple[Key, ...], Scrubber]] = {}
         self.draining = False
 
     @property
@@ -461,7 +463,7 @@ class Gateway:
                 self._succeeded(call, attempt)
                 return answer
             except UpstreamFault as fault:
-                scrub = _scrubber(pool, lease)
+                scrub = self._scrubber(pool, lease)
                 fault.message = scrub(fault.message)
                 fault.code = printable(scrub(fault.code))[:64]
                 fault.param = scrub(fault.param)
@@ -620,6 +622,24 @@ class Gateway:
             metadata["upstreamCode"] = fault.code
         return {**metadata, **fault.facts}
 
+    def _scrubber(self, pool: Pool, lease: Lease) -> Scrubber:
+        """What an upstream must not tell callers: keys, and the organizations behind them."""
+        keys = pool.ring.keys
+        if lease.key not in keys:  # it was removed meanwhile
+            keys = (*keys, lease.key)
+        name = pool.upstream.name
+        made_for, scrub = self._scrubbers.get(name, ((), Scrubber(())))
+        if made_for != keys:
+            organizations = {*pool.upstream.organizations, *(each.organization for each in keys)}
+            accounts = (
+                Secret(each)
+                for each in organizations
+                if each is not None and len(each) >= _SHORTEST_ACCOUNT
+            )
+            scrub = Scrubber((*(each.secret for each in keys), *accounts))
+            self._scrubbers[name] = keys, scrub
+        return scrub
+
     # --- records ------------------------------------------------------------------------
 
     def _fill(self, header: chat_service_pb2.ResponseHeader, call: Call, attempt: Attempt) -> None:
@@ -651,11 +671,16 @@ class Gateway:
         call.usage = attempt.progress.usage
         self._observe(call, attempt)
 
-    def _settle(self, call: Call, attempt: Attempt) -> None:
-        """Corrects what the request was expected to cost, where that is known."""
-        ring, usage = attempt.plan.pool.ring, attempt.progress.usage
+    def _usage(self, call: Call, attempt: Attempt) -> chat_pb2.Usage | None:
+        """What the attempt cost, estimated where the upstream was cut off; None if unknown."""
+        usage = attempt.progress.usage
         if usage is None and attempt.outbox is not None and attempt.committed:
             usage = estimate(call.chat, attempt.outbox.delivered_bytes)
+        return usage
+
+    def _settle(self, call: Call, attempt: Attempt) -> None:
+        """Corrects what the request was expected to cost, where that is known."""
+        ring, usage = attempt.plan.pool.ring, self._usage(call, attempt)
         if usage is not None:
             ring.settle(attempt.lease, usage.total_tokens)
         elif attempt.progress.http_status >= 400:
@@ -673,9 +698,7 @@ class Gateway:
 
     def _observe(self, call: Call, attempt: Attempt, fault: str = "", code: str = "") -> None:
         record, progress, outbox = attempt.record, attempt.progress, attempt.outbox
-        usage = progress.usage
-        if usage is None and outbox is not None and attempt.committed:
-            usage = estimate(call.chat, outbox.delivered_bytes)
+        usage = self._usage(call, attempt) or chat_pb2.Usage()
         first_token_at = outbox.first_delta_at if outbox is not None else None
         self._observer.attempt(
             AttemptEvent(
@@ -687,6 +710,9 @@ class Gateway:
                 fault,
                 code,
                 self._now() - attempt.started,
+                usage.prompt_tokens,
+                usage.completion_tokens,
+                usage.estimated,
                 number=attempt.number,
                 reason=reason_name(record.error_reason),
                 committed=attempt.committed,
@@ -694,9 +720,6 @@ class Gateway:
                 key_seconds=attempt.waited,
                 first_byte_seconds=_since(attempt.started, progress.first_byte_at or None),
                 first_token_seconds=_since(attempt.started, first_token_at),
-                prompt_tokens=usage.prompt_tokens if usage is not None else 0,
-                completion_tokens=usage.completion_tokens if usage is not None else 0,
-                usage_estimated=usage is not None and usage.estimated,
             )
         )
 
@@ -718,17 +741,6 @@ class _Stopwatch:
 
 def _since(began: float, at: float | None) -> float | None:
     return None if at is None else max(0.0, at - began)
-
-
-def _scrubber(pool: Pool, lease: Lease) -> Scrubber:
-    """What an upstream must not tell callers: keys, and the organizations behind them."""
-    keys = (*pool.ring.keys, lease.key)
-    organizations = {each.organization for each in keys if each.organization is not None}
-    organizations.update(pool.upstream.organizations)
-    return Scrubber(
-        [each.secret for each in keys],
-        accounts=[each for each in organizations if len(each) >= _SHORTEST_ACCOUNT],
-    )
 
 
 def estimate(chat: chat_service_pb2.ChatRequest, delivered_bytes: int) -> chat_pb2.Usage:

@@ -6,7 +6,7 @@ import hmac
 import json
 import re
 import urllib.parse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NoReturn, final
 
 _BEGINNING = 12  # characters by which a secret that was cut off is still recognised
@@ -92,62 +92,62 @@ class Scrubber:
     """Replaces secrets in texts: as they are, as JSON, Python and URLs quote them, within base64,
     and cut off behind their first twelve characters.
 
-    Secrets of fewer than `shortest` characters are left alone. `accounts` are no secrets, but not
-    for everyone's eyes either: they are replaced where they stand as they are.
+    Secrets of fewer than `shortest` characters are left alone.
     """
 
-    def __init__(
-        self, secrets: Iterable[Secret], shortest: int = 1, *, accounts: Iterable[str] = ()
-    ) -> None:
-        forms: set[str] = set(accounts)
-        self._cut: list[tuple[str, str]] = []  # (beginning, the whole)
-        for secret in {each for each in secrets if len(each.reveal()) >= shortest}:
-            plain = secret.reveal()
-            quoted = _quoted(plain)
-            forms |= quoted | _within_base64(plain)
-            self._cut += [(form[:_BEGINNING], form) for form in quoted if len(form) > _BEGINNING]
+    def __init__(self, secrets: Iterable[Secret], shortest: int = 1) -> None:
+        forms: set[str] = set()
+        for secret in secrets:
+            text = secret.reveal()
+            if len(text) >= shortest:
+                forms |= _disguises(text)
         # The longest first: a key may begin with another.
         self._forms = sorted(forms, key=len, reverse=True)
+        self._beginnings: dict[str, list[str]] = {}  # what a form that is cut off begins with
+        for form in self._forms:
+            if len(form) > _BEGINNING:
+                self._beginnings.setdefault(form[:_BEGINNING], []).append(form)
 
     def __call__(self, text: str) -> str:
         """`text` with `***` in place of every secret."""
         for form in self._forms:
             text = text.replace(form, "***")
-        for beginning, form in self._cut:
+        for beginning, forms in self._beginnings.items():
             if beginning in text:
-                text = _without(text, beginning, form)
+                text = _without(text, beginning, forms)
         return text
 
 
-def _quoted(plain: str) -> set[str]:
-    """A text as it is, and as JSON, Python and URLs quote it."""
+def _disguises(plain: str) -> set[str]:
+    """How a text may be quoted. Of what base64 makes of it within a longer one, such as
+    `user:password`, the characters at both ends are left out: they hold bits of its neighbours."""
     url = urllib.parse.quote(plain, safe="")
     lower = re.sub("%[0-9A-F]{2}", lambda found: found[0].lower(), url)
-    return {plain, json.dumps(plain)[1:-1], repr(plain)[1:-1], url, lower}
-
-
-def _within_base64(plain: str) -> set[str]:
-    """What base64 makes of a text wherever it stands in a longer one, such as `user:password`.
-    The characters at both ends are left out: they hold bits of its neighbours, too."""
+    forms = {plain, json.dumps(plain)[1:-1], repr(plain)[1:-1], url, lower}
     data = plain.encode("utf-8", "surrogatepass")
-    forms: set[str] = set()
     for before in range(3):
-        first = -(-before * 4 // 3)
-        end = (before + len(data)) * 4 // 3
-        for encode in (base64.b64encode, base64.urlsafe_b64encode):
-            form = encode(b"\0" * before + data).decode()[first:end]
-            if len(form) >= _BEGINNING:  # a shorter one may be anything
-                forms.add(form)
+        encoded = base64.b64encode(b"\0" * before + data).decode()
+        form = encoded[-(-before * 4 // 3) : (before + len(data)) * 4 // 3]
+        if len(form) >= _BEGINNING:  # a shorter one may be anything
+            forms |= {form, form.replace("+", "-").replace("/", "_")}
     return forms
 
 
-def _without(text: str, beginning: str, form: str) -> str:
-    """`text` without what begins as `form` does, for as long as it goes on like that."""
+def _without(text: str, beginning: str, forms: Sequence[str]) -> str:
+    """`text` without what begins as these forms do, for as long as it goes on like one of them."""
     kept: list[str] = []
     while (at := text.find(beginning)) >= 0:
-        end = at + len(beginning)
-        while end < len(text) and end - at < len(form) and text[end] == form[end - at]:
-            end += 1
+        rest = text[at : at + max(map(len, forms))]
         kept += (text[:at], "***")
-        text = text[end:]
+        text = text[at + max(_shared(rest, form) for form in forms) :]
     return "".join(kept) + text
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    count = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count

@@ -32,6 +32,9 @@ class AttemptEvent:
     fault: str
     upstream_code: str  # the upstream's own, without key material
     seconds: float  # from the request sent to the end of the answer
+    prompt_tokens: int = 0  # as the upstream told them, or where it was cut off an estimate, or 0
+    completion_tokens: int = 0
+    usage_estimated: bool = False
     number: int = 1  # among the attempts of its call, fallbacks included
     reason: str = ""
     committed: bool = False  # the caller was told something of its answer
@@ -39,9 +42,6 @@ class AttemptEvent:
     key_seconds: float = 0.0  # waiting for its key, before `seconds`
     first_byte_seconds: float | None = None  # until the answer's head; None: it never came
     first_token_seconds: float | None = None  # until the first delta of a stream
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    usage_estimated: bool = False  # from what was delivered, since the upstream did not say
 
 
 @dataclass(frozen=True)

@@ -353,6 +353,7 @@ async def test_each_timer_has_its_own_reason(start: Start, timer: str) -> None:
         failure = await ended_by(gateway, timer, LONG)
         await until(lambda: served.open == 0)
     assert failure.reason == reason
+    assert failure.metadata["timer"] == timer
     assert failure.code is not grpc.StatusCode.DEADLINE_EXCEEDED
     assert failure.pushback == "-1"
     assert failure.metadata["attempts"] == "1"
