@@ -6,10 +6,12 @@ import hmac
 import json
 import re
 import urllib.parse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NoReturn, final
 
-_BEGINNING = 12  # characters by which a secret that was cut off is still recognised
+_ENOUGH = 12  # characters of a secret that are not seen anywhere else, and help nobody guess it
+_PROBE = 8  # characters; of twelve in a row, eight begin at every fifth place of a text
+_STRIDE = _ENOUGH - _PROBE + 1
 
 
 @final
@@ -89,8 +91,8 @@ class Digest:
 
 
 class Scrubber:
-    """Replaces secrets in texts: as they are, as JSON, Python and URLs quote them, within base64,
-    and cut off behind their first twelve characters.
+    """Replaces secrets in texts: as they are, as JSON, Python and URLs quote them, and within
+    base64. Twelve characters of one are enough, so that it may also be cut off or broken up.
 
     Secrets of fewer than `shortest` characters are left alone.
     """
@@ -102,20 +104,32 @@ class Scrubber:
             if len(text) >= shortest:
                 forms |= _disguises(text)
         # The longest first: a key may begin with another.
-        self._forms = sorted(forms, key=len, reverse=True)
-        self._beginnings: dict[str, list[str]] = {}  # what a form that is cut off begins with
-        for form in self._forms:
-            if len(form) > _BEGINNING:
-                self._beginnings.setdefault(form[:_BEGINNING], []).append(form)
+        short = (form for form in forms if len(form) < _ENOUGH)
+        self._short = sorted(short, key=len, reverse=True)
+        long = [form for form in forms if len(form) >= _ENOUGH]
+        self._parts = {form[i : i + _ENOUGH] for form in long for i in _windows(form)}
+        self._probes = {f[i : i + _PROBE] for f in long for i in range(len(f) - _PROBE + 1)}
 
     def __call__(self, text: str) -> str:
         """`text` with `***` in place of every secret."""
-        for form in self._forms:
+        for form in self._short:
             text = text.replace(form, "***")
-        for beginning, forms in self._beginnings.items():
-            if beginning in text:
-                text = _without(text, beginning, forms)
-        return text
+        places = range(0, len(text) - _PROBE + 1, _STRIDE)
+        if not any(text[at : at + _PROBE] in self._probes for at in places):
+            return text  # as nearly every text of a log
+        kept: list[str] = []
+        end = 0  # of what is kept or replaced already
+        for at in _windows(text):
+            if text[at : at + _ENOUGH] in self._parts:
+                if at >= end:
+                    kept += (text[end:at], "***")
+                end = at + _ENOUGH
+        return "".join(kept) + text[end:] if kept else text
+
+
+def _windows(text: str) -> range:
+    """Where as many characters begin as are enough."""
+    return range(len(text) - _ENOUGH + 1)
 
 
 def _disguises(plain: str) -> set[str]:
@@ -128,26 +142,6 @@ def _disguises(plain: str) -> set[str]:
     for before in range(3):
         encoded = base64.b64encode(b"\0" * before + data).decode()
         form = encoded[-(-before * 4 // 3) : (before + len(data)) * 4 // 3]
-        if len(form) >= _BEGINNING:  # a shorter one may be anything
+        if len(form) >= _ENOUGH:  # a shorter one may be anything
             forms |= {form, form.replace("+", "-").replace("/", "_")}
     return forms
-
-
-def _without(text: str, beginning: str, forms: Sequence[str]) -> str:
-    """`text` without what begins as these forms do, for as long as it goes on like one of them."""
-    kept: list[str] = []
-    while (at := text.find(beginning)) >= 0:
-        rest = text[at : at + max(map(len, forms))]
-        kept += (text[:at], "***")
-        text = text[at + max(_shared(rest, form) for form in forms) :]
-    return "".join(kept) + text
-
-
-def _shared(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
-    count = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
