@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -88,6 +89,16 @@ _PARAM_PATHS = {
     "user": "end_user_id",
     "safety_identifier": "end_user_id",
 }
+# The same for what stands below it. Each is linear: the text is an upstream's.
+_PARAM_STEPS = tuple(
+    (re.compile(pattern), path)
+    for pattern, path in (
+        (r"^(\[\d+\])\.(?:function\.)?parameters\b.*", r"\1.function.parameters_schema_json"),
+        (r"^\.json_schema\.schema\b.*", ".json_schema.schema_json"),
+        (r"\.function\.arguments\b.*", ".function.arguments_json"),
+        (r"\.content\[(\d+)\].*", r".parts[\1]"),
+    )
+)
 
 
 @dataclass
@@ -572,9 +583,7 @@ class Gateway:
             else:
                 error.resource = ("model", call.chat.model[:200])
         elif fault.fault is Fault.REFUSED and fault.param:
-            path = _PARAM_PATHS.get(fault.param, fault.param)
-            if path in chat_pb2.GenerationParams.DESCRIPTOR.fields_by_name:
-                path = f"params.{path}"
+            path = proto_path(fault.param, call.chat)
             error.violations = (Violation(printable(path)[:100], printable(fault.message)),)
         elif fault.fault in _QUOTAS:
             error.quota = (f"upstream:{name}", SAYINGS[fault.fault])
@@ -755,6 +764,21 @@ def estimate(chat: chat_service_pb2.ChatRequest, delivered_bytes: int) -> chat_p
         total_tokens=prompt + completion,
         estimated=True,
     )
+
+
+def proto_path(param: str, chat: chat_service_pb2.ChatRequest) -> str:
+    """Where in the request a parameter stands that an upstream names in its own way; as it is if
+    that is nowhere."""
+    param = re.sub(r"\.\[?(\d{1,9})\b\]?", r"[\1]", param[:MESSAGE_CHARACTERS])
+    name = re.match(r"\w*", param)[0]  # type: ignore[index]  # it matches nothing at least
+    rest = param[len(name) :]
+    if name in chat_pb2.GenerationParams.DESCRIPTOR.fields_by_name:
+        return f"params.{name}{rest}"
+    if name not in chat.DESCRIPTOR.fields_by_name and f'"{name}"' in chat.extra_body_json:
+        return "extra_body_json"
+    for pattern, path in _PARAM_STEPS:
+        rest = pattern.sub(path, rest)
+    return _PARAM_PATHS.get(name, name) + rest
 
 
 def printable(text: str) -> str:

@@ -141,8 +141,9 @@ ASKED: Mapping[RequestAction, tuple[str, ...]] = {
     RequestAction.BACKOFF: ("k1", "k2", "k3"),
 }
 ASKED_APART: Mapping[Fault | str, tuple[str, ...]] = {
+    Fault.RATE_LIMITED: ("k1", "k3", "k2"),  # for which is waited
+    "err-091-google-429": ("k1", "k3"),  # it asks for more time than there is
     Fault.KEY_REJECTED: ("k1", "k2", "k3"),  # the account of a rejected key may have good ones
-    "err-101-openai-429": ("k1", "k3", "k2"),  # after 174 ms, which it asks for
 }
 # Seconds that a rate limit asks to wait; FIRST_COOLDOWN where it does not say.
 DELAYS: Mapping[str, float] = {"err-091-google-429": 34.4}

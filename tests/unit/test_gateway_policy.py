@@ -17,7 +17,7 @@ from tokenwire.v1 import chat_pb2, chat_service_pb2, error_reason_pb2
 from tokenwire_service.admission import Admission
 from tokenwire_service.config import Config, Key, Limits, Model, Retries, Timeouts, Upstream
 from tokenwire_service.errors import Fault, GatewayError, UpstreamFault
-from tokenwire_service.gateway import ABANDONED, Call, Gateway, estimate
+from tokenwire_service.gateway import ABANDONED, Call, Gateway, estimate, proto_path
 from tokenwire_service.keyring import KeyRing, Lease, Unavailable
 from tokenwire_service.pool import Pool
 from tokenwire_service.retry import Backoff
@@ -1003,3 +1003,48 @@ def test_a_call_knows_how_long_it_queued_also_if_it_was_refused_in_the_end() -> 
         of.at_rest()
 
     run(main())
+
+
+# --- what an upstream calls a field -----------------------------------------------------
+
+PATHS = {
+    "temperature": "params.temperature",
+    "max_tokens": "params.max_completion_tokens",
+    "max_completion_tokens": "params.max_completion_tokens",
+    "n": "params.choice_count",
+    "stop": "params.stop",
+    "stop[4]": "params.stop[4]",
+    "stop.4": "params.stop[4]",
+    "logit_bias.50256": "params.logit_bias[50256]",
+    "user": "end_user_id",
+    "model": "model",
+    "messages": "messages",
+    "messages[0].role": "messages[0].role",
+    "messages.[0].role": "messages[0].role",
+    "messages.0.role": "messages[0].role",
+    "messages.[12].content.[3].image_url.url": "messages[12].parts[3]",
+    "messages[1].content": "messages[1].content",
+    "messages[1].tool_calls[0].function.arguments": (
+        "messages[1].tool_calls[0].function.arguments_json"
+    ),
+    "tools[0].parameters": "tools[0].function.parameters_schema_json",
+    "tools.0.function.parameters.properties": "tools[0].function.parameters_schema_json",
+    "tools[0].function.name": "tools[0].function.name",
+    "tool_choice": "tool_choice",
+    "response_format.json_schema.schema": "response_format.json_schema.schema_json",
+    "web_search_options": "extra_body_json",
+    "web_search_options.user_location": "extra_body_json",
+    "something else": "something else",
+    "": "",
+}
+
+
+@pytest.mark.parametrize("param", PATHS)
+def test_a_parameter_that_an_upstream_names_is_told_as_the_callers_own_field(param: str) -> None:
+    chat = chat_service_pb2.ChatRequest(extra_body_json='{"web_search_options": {}}')
+    assert proto_path(param, chat) == PATHS[param]
+
+
+def test_a_parameter_of_any_length_is_read_in_linear_time() -> None:
+    for unit in (".1", "[1]", ".content[1]", "messages", "]", ".function.arguments", "1"):
+        proto_path(unit * 200_000, chat_service_pb2.ChatRequest())
