@@ -468,7 +468,9 @@ class Gateway:
             )
             call.attempts.append(record)
             number = len(call.attempts)
-            attempt = Attempt(plan, lease, Progress(), self._now(), record, number, waited)
+            stale = plan.last is not None and plan.last.fault is Fault.STALE_CONNECTION
+            progress = Progress(fresh=stale)
+            attempt = Attempt(plan, lease, progress, self._now(), record, number, waited)
             try:
                 answer = await use(attempt)
                 self._succeeded(call, attempt)

@@ -58,6 +58,8 @@ Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 # --- upstreams --------------------------------------------------------------------------
 
+HELLO = chunk("hello", finish_reason="stop") + b"data: [DONE]\n\n"
+
 
 def key_of(asked: web.Request) -> str:
     """The id of the key that a request came with."""
@@ -68,8 +70,7 @@ async def good(asked: web.Request) -> web.StreamResponse:
     """The answer of an upstream that is well: plain or as a stream, as it was asked for."""
     if not (await asked.json()).get("stream"):
         return completion()
-    body = chunk("hello", finish_reason="stop") + b"data: [DONE]\n\n"
-    return web.Response(body=body, content_type="text/event-stream")
+    return web.Response(body=HELLO, content_type="text/event-stream")
 
 
 def bad(status: int, body: Body, **headers: str) -> Answer:
@@ -456,8 +457,7 @@ async def test_row_12_a_connection_that_died_while_idle_costs_neither_attempt_no
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         streamed = bool(served.asked[-1].body.get("stream"))
-        events = chunk("hello", finish_reason="stop") + b"data: [DONE]\n\n"
-        body, kind = (events, b"text/event-stream") if streamed else (plain, b"application/json")
+        body, kind = (HELLO, b"text/event-stream") if streamed else (plain, b"application/json")
         head = b"HTTP/1.1 200 OK\r\ncontent-type: %s\r\ncontent-length: %d\r\n\r\n"
         writer.write(head % (kind, len(body)) + body)
         await reader.readuntil(b"\r\n\r\n")  # the second request on this connection is its end
@@ -473,6 +473,37 @@ async def test_row_12_a_connection_that_died_while_idle_costs_neither_attempt_no
         assert len(served.asked) == 2, "those that were answered"
         unanswered = gateway.events.attempts[1]
         assert (unanswered.fault, unanswered.reused_connection) == ("stale_connection", True)
+
+
+async def test_row_12_where_one_idle_connection_died_a_fresh_one_is_made(
+    start: Start, ask: Ask
+) -> None:
+    """After a restart of the upstream all of them have: another of them is no second try."""
+    together = 3
+    everyone = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(served.asked) == together:
+            everyone.set()
+        await everyone.wait()  # so that each has a connection of its own
+        body, kind = completion().body, b"application/json"
+        if served.asked[-1].body.get("stream"):
+            body, kind = HELLO, b"text/event-stream"
+        assert isinstance(body, bytes)
+        head = b"HTTP/1.1 200 OK\r\ncontent-type: %s\r\ncontent-length: %d\r\n\r\n"
+        writer.write(head % (kind, len(body)) + body)
+        await reader.readuntil(b"\r\n\r\n")  # the second request on each connection is its end
+
+    async with raw_provider(answer) as served:
+        retries = Retries(max_attempts=1, budget=0, budget_floor=0)
+        gateway = await start(upstream(served.base_url), retries=retries)
+        of = Row(gateway, served, {})
+        await asyncio.gather(*(ask(of) for _ in range(together)))
+        answered = await ask(of)
+        assert isinstance(answered, list)
+        assert len(answered) == 2
+        reused = [event.reused_connection for event in gateway.events.attempts]
+        assert reused == [False] * together + [True, False]
 
 
 async def silent(asked: web.Request) -> web.StreamResponse:

@@ -37,8 +37,10 @@ _DRAIN_SECONDS = 0.05  # to read the last chunk's end after [DONE], so that the 
 
 @dataclass
 class Progress:
-    """What an attempt has seen so far; filled while it runs, read when it failed."""
+    """What an attempt has seen so far; filled while it runs, read when it failed. `fresh` is set
+    before: a connection of its own is made for it."""
 
+    fresh: bool = False
     http_status: int = 0
     first_byte_at: float = 0.0
     reused_connection: bool = False
@@ -64,13 +66,15 @@ class UpstreamClient:
         self._now = now
         self._base = upstream.base_url.rstrip("/")
         self._session: aiohttp.ClientSession | None = None
+        self._fresh: aiohttp.ClientSession | None = None  # which keeps no connections
         self.open_answers = 0  # responses not yet closed
 
     async def close(self) -> None:
         """Closes every connection."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        for session in (self._session, self._fresh):
+            if session is not None:
+                await session.close()
+        self._session = self._fresh = None
 
     async def fetch(
         self, encoded: Encoded, lease: Lease, progress: Progress
@@ -123,7 +127,7 @@ class UpstreamClient:
         try:
             try:
                 async with asyncio.timeout(timeouts.first_byte):
-                    response = await self._connected().request(
+                    response = await self._connected(progress.fresh).request(
                         "POST" if encoded.body else "GET",
                         URL(self._base + encoded.path, encoded=True),
                         data=encoded.body or None,
@@ -230,22 +234,28 @@ class UpstreamClient:
                 raise UpstreamFault(Fault.PROTOCOL, f"the answer exceeds {limit} bytes")
             pieces.append(piece)
 
-    def _connected(self) -> aiohttp.ClientSession:
-        """The session, made on first use because it belongs to the running event loop."""
-        if self._session is None:
-            trace = aiohttp.TraceConfig()
-            trace.on_connection_reuseconn.append(_note_reuse)
-            self._session = aiohttp.ClientSession(
-                # limit 0 is none: the upstream's slots bound the connections.
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_SECONDS),
-                cookie_jar=aiohttp.DummyCookieJar(),  # one tenant's cookies never reach another
-                timeout=aiohttp.ClientTimeout(total=None, connect=self.upstream.timeouts.connect),
-                trust_env=False,
-                trace_configs=[trace],
-                headers={"User-Agent": "tokenwire"},
-                max_field_size=64 * 1024,
-            )
+    def _connected(self, fresh: bool) -> aiohttp.ClientSession:
+        """The session, made on first use because it belongs to the running event loop. Where one
+        connection has died while idle, so have perhaps all others: a fresh one is none of them."""
+        if fresh:
+            self._fresh = self._fresh or self._new_session(force_close=True)
+            return self._fresh
+        self._session = self._session or self._new_session(keepalive_timeout=_KEEPALIVE_SECONDS)
         return self._session
+
+    def _new_session(self, **connections: Any) -> aiohttp.ClientSession:
+        trace = aiohttp.TraceConfig()
+        trace.on_connection_reuseconn.append(_note_reuse)
+        return aiohttp.ClientSession(
+            # limit 0 is none: the upstream's slots bound the connections.
+            connector=aiohttp.TCPConnector(limit=0, **connections),
+            cookie_jar=aiohttp.DummyCookieJar(),  # one tenant's cookies never reach another
+            timeout=aiohttp.ClientTimeout(total=None, connect=self.upstream.timeouts.connect),
+            trust_env=False,
+            trace_configs=[trace],
+            headers={"User-Agent": "tokenwire"},
+            max_field_size=64 * 1024,
+        )
 
 
 class Answer:
