@@ -1,8 +1,9 @@
 """One attempt at one upstream with one key, over aiohttp: the only module that opens a socket.
 
-Timers: connect, first byte (until the first event or the whole plain answer begins), idle
-(between events; comments and blank lines are no progress). Each raises UpstreamFault(TIMEOUT)
-and is this module's own; the call's deadline is the gateway's, around the whole attempt.
+Timers: connect, first byte (until the first text of a stream, or until the whole plain answer
+begins), idle (between events; comments and blank lines are no progress). Each raises an
+UpstreamFault and is this module's own; the call's deadline is the gateway's, around the whole
+attempt.
 """
 
 from __future__ import annotations
@@ -278,7 +279,7 @@ class Answer:
         self._now = now
         self._idle = idle
         self._silent_at = now() + first_byte  # when silence becomes a fault
-        self._heard = False
+        self._begun = False  # a first piece of text has come: a role alone may come for ever
         self._fault: UpstreamFault | None = None  # met behind events that were still good
 
     @property
@@ -299,8 +300,8 @@ class Answer:
             except TimeoutError:
                 # Not by the clock: a loop's timers may run a moment early.
                 if until == self._silent_at:
-                    what = f"silent for {self._idle:g} s" if self._heard else "no event in time"
-                    timer = "idle" if self._heard else "first_byte"
+                    what = f"silent for {self._idle:g} s" if self._begun else "no text in time"
+                    timer = "idle" if self._begun else "first_byte"
                     raise UpstreamFault(Fault.TIMEOUT, what, facts={TIMER: timer}) from None
                 return []
             if not chunk:
@@ -310,15 +311,15 @@ class Answer:
             except sse.EventTooLarge as error:
                 events = error.events
                 self._fault = UpstreamFault(Fault.PROTOCOL, str(error))
-            if any(event.data.strip() for event in events):  # else they only keep it alive
-                self._heard = True
-                self._silent_at = self._now() + self._idle
             decoded: list[chat_service_pb2.StreamChatResponse] = []
             try:
                 for event in events:
                     decoded += self._decoder.feed(event)
             except UpstreamFault as fault:
                 self._fault = fault
+            self._begun = self._begun or any(each.HasField("delta") for each in decoded)
+            if self._begun and any(event.data.strip() for event in events):
+                self._silent_at = self._now() + self._idle  # else they only keep it alive
             if decoded:
                 self._size = 0
                 return decoded
