@@ -36,6 +36,7 @@ from harness import (
 )
 from tokenwire.v1 import error_reason_pb2
 from tokenwire_service.config import Config, Limits, Model, Retries, Timeouts, UpstreamTimeouts
+from tokenwire_service.keyring import KeyRing, Lease
 from tokenwire_service.simulator import Simulator
 
 Simulated = tuple[Simulator, str]
@@ -550,6 +551,45 @@ async def test_a_caller_that_never_reads_on_is_given_up_and_the_upstream_stops(
     assert (ended.code, ended.usage_estimated) == ("ABORTED", True)
     assert ended.completion_tokens >= len(received.text) // 4
     assert received.failure.metadata["completionTokens"] == str(ended.completion_tokens)
+
+
+# --- what is left -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_what_a_provider_says_is_left_is_told_to_the_keys(
+    start: Start, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    told: list[tuple[int | None, int | None]] = []
+    real = KeyRing.remaining
+
+    def remaining(
+        ring: KeyRing, lease: Lease, requests: int | None, tokens: int | None, now: float
+    ) -> None:
+        told.append((requests, tokens))
+        real(ring, lease, requests, tokens, now)
+
+    monkeypatch.setattr(KeyRing, "remaining", remaining)
+    headers = [
+        {"x-ratelimit-remaining-requests": "7", "x-ratelimit-remaining-tokens": "900"},
+        {"x-ratelimit-remaining-requests": "-1", "x-ratelimit-remaining-tokens": "some"},
+        {},
+    ]
+
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        fields = headers[len(served.asked) - 1]
+        if method == "Chat":
+            whole = completion()
+            whole.headers.update(fields)
+            return whole
+        body = chunk("hello", finish_reason="stop") + b"data: [DONE]\n\n"
+        return web.Response(body=body, content_type="text/event-stream", headers=fields)
+
+    async with provider(answer) as served:
+        gateway = await start(upstream(served.base_url))
+        for _ in headers:
+            await header_of(call_of(gateway, method))
+    assert told == [(7, 900), (None, None), (None, None)]
 
 
 # --- costs ------------------------------------------------------------------------------
