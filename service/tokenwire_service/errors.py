@@ -26,6 +26,7 @@ class Fault(enum.Enum):
     ACCOUNT_DEAD = "account_dead"
     ACCESS_DENIED = "access_denied"
     RATE_LIMITED = "rate_limited"
+    DAILY_QUOTA = "daily_quota"  # a rate limit of a whole day: it says nothing of how fast to go
     QUOTA_EXHAUSTED = "quota_exhausted"
     CREDIT_TOO_SMALL = "credit_too_small"  # the account pays, but not for a request this large
     OVER_TIER = "over_tier"  # one request above the account's whole rate: waiting never helps
@@ -53,12 +54,15 @@ class KeyAction(enum.Enum):
     RETIRE_KEY = "retire_key"
     RETIRE_GROUP = "retire_group"  # until a probe succeeds
     RETIRE_FOR_MODEL = "retire_for_model"
+    NOTE_MODEL = "note_model"  # it lacks this model, if another key is known to serve it
 
 
 class RequestAction(enum.Enum):
     """What a fault means for a request of which nothing has been delivered."""
 
     OTHER_KEY = "other_key"  # at once, on another quota group; wait for one where that can help
+    OTHER_GROUP = "other_group"  # at once, on a quota group not asked before; never wait for one
+    KNOWN_KEY = "known_key"  # at once, if another key is known to serve the model; else fail
     BACKOFF = "backoff"  # again after exponential backoff
     ONCE_MORE = "once_more"  # again, but only once for this fault
     FAIL = "fail"
@@ -91,6 +95,9 @@ VERDICTS: Mapping[Fault, Verdict] = {
     Fault.RATE_LIMITED: Verdict(
         KeyAction.COOL_GROUP, RequestAction.OTHER_KEY, reasons.ERROR_REASON_RATE_LIMITED
     ),
+    Fault.DAILY_QUOTA: Verdict(
+        KeyAction.COOL_GROUP, RequestAction.OTHER_KEY, reasons.ERROR_REASON_RATE_LIMITED
+    ),
     Fault.QUOTA_EXHAUSTED: Verdict(
         KeyAction.RETIRE_GROUP,
         RequestAction.OTHER_KEY,
@@ -102,7 +109,7 @@ VERDICTS: Mapping[Fault, Verdict] = {
         reasons.ERROR_REASON_UPSTREAM_QUOTA_EXHAUSTED,
     ),
     Fault.OVER_TIER: Verdict(
-        KeyAction.KEEP, RequestAction.FAIL, reasons.ERROR_REASON_REQUEST_TOO_LARGE
+        KeyAction.KEEP, RequestAction.OTHER_GROUP, reasons.ERROR_REASON_REQUEST_TOO_LARGE
     ),
     Fault.OVERLOADED: Verdict(
         KeyAction.COOL_UPSTREAM, RequestAction.BACKOFF, reasons.ERROR_REASON_UPSTREAM_OVERLOADED
@@ -126,7 +133,7 @@ VERDICTS: Mapping[Fault, Verdict] = {
         KeyAction.KEEP, RequestAction.FAIL, reasons.ERROR_REASON_CONTENT_FILTERED
     ),
     Fault.MODEL_NOT_FOUND: Verdict(
-        KeyAction.KEEP, RequestAction.FAIL, reasons.ERROR_REASON_MODEL_NOT_FOUND
+        KeyAction.NOTE_MODEL, RequestAction.KNOWN_KEY, reasons.ERROR_REASON_MODEL_NOT_FOUND
     ),
     Fault.REFUSED: Verdict(
         KeyAction.KEEP, RequestAction.FAIL, reasons.ERROR_REASON_INVALID_REQUEST
@@ -176,6 +183,16 @@ CODES: Mapping[Reason, int] = {
     reasons.ERROR_REASON_INTERNAL: code_pb2.INTERNAL,
     reasons.ERROR_REASON_CALLER_STALLED: code_pb2.ABORTED,
 }
+
+
+# ErrorInfo metadata that says which timer ended the call or its last attempt. Its values: connect,
+# first_byte, idle (of an upstream); total, write (of the gateway); deadline (the caller's).
+TIMER = "timer"
+
+
+def reason_name(reason: Reason) -> str:
+    """A reason as ErrorInfo spells it; empty for none."""
+    return reasons.ErrorReason.Name(reason).removeprefix("ERROR_REASON_") if reason else ""
 
 
 @dataclass
@@ -233,7 +250,7 @@ class GatewayError(Exception):
     @property
     def reason_name(self) -> str:
         """The reason as ErrorInfo spells it."""
-        return reasons.ErrorReason.Name(self.reason).removeprefix("ERROR_REASON_")
+        return reason_name(self.reason)
 
     def __str__(self) -> str:
         return f"{self.reason_name}: {self.message}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -25,20 +26,28 @@ from tokenwire.v1 import (
     model_service_pb2,
 )
 from tokenwire_service.admission import Admission, FullError
-from tokenwire_service.config import Config, Model
+from tokenwire_service.config import Config, Key, Model
 from tokenwire_service.errors import (
+    TIMER,
     VERDICTS,
     Fault,
     GatewayError,
     RequestAction,
     UpstreamFault,
     Violation,
+    reason_name,
 )
-from tokenwire_service.keyring import FIRST_COOLDOWN, STATED_OVERLOAD_CAP, Lease, Unavailable
+from tokenwire_service.keyring import (
+    COOLDOWN_CAP,
+    FIRST_COOLDOWN,
+    STATED_OVERLOAD_CAP,
+    Lease,
+    Unavailable,
+)
 from tokenwire_service.pool import Pool
 from tokenwire_service.relay import HEARTBEAT_SECONDS, Outbox, Write
 from tokenwire_service.retry import Backoff, RetryBudget
-from tokenwire_service.secret import Scrubber
+from tokenwire_service.secret import Scrubber, Secret
 from tokenwire_service.stops import StopFilter, cut_at
 from tokenwire_service.telemetry import ABANDONED, AttemptEvent, Observer
 from tokenwire_service.tokens import layout
@@ -55,6 +64,8 @@ MESSAGE_CHARACTERS = 300
 MESSAGE_BYTES = 900
 TRAIL_CHARACTERS = 300
 _MORE = "..., "  # for the attempts that do not fit
+
+_SHORTEST_ACCOUNT = 8  # characters; a shorter organization may be a plain word
 
 _LAST_WORDS = 1.0  # seconds after the deadline for the last snapshots, if the caller reads
 
@@ -74,6 +85,16 @@ _PARAM_PATHS = {
     "user": "end_user_id",
     "safety_identifier": "end_user_id",
 }
+# The same for what stands below it. Each is linear: the text is an upstream's.
+_PARAM_STEPS = tuple(
+    (re.compile(pattern), path)
+    for pattern, path in (
+        (r"^(\[\d+\])\.(?:function\.)?parameters\b.*", r"\1.function.parameters_schema_json"),
+        (r"^\.json_schema\.schema\b.*", ".json_schema.schema_json"),
+        (r"\.function\.arguments\b.*", ".function.arguments_json"),
+        (r"\.content\[(\d+)\].*", r".parts[\1]"),
+    )
+)
 
 
 @dataclass
@@ -88,6 +109,11 @@ class Call:
     accepted: bool = False  # before the drain: an item of a batch that runs already
     attempts: list[chat_service_pb2.UpstreamAttempt] = field(default_factory=list)
     usage: chat_pb2.Usage | None = None  # known at the end; estimated where the upstream was cut
+    # Where its time went, seconds; for the record.
+    queue_seconds: float = 0.0  # waiting for slots
+    key_seconds: float = 0.0  # waiting for keys
+    backoff_seconds: float = 0.0  # between attempts
+    first_token_at: float | None = None  # of a stream
 
 
 @dataclass
@@ -98,8 +124,14 @@ class Plan:
     pool: Pool
     encoded: Encoded
     patient: bool = True  # waits for what cools: not while there is another model to ask
+    avoid: frozenset[str] = frozenset()  # quota groups that this request is too large for
     seen: Counter[Fault] = field(default_factory=Counter)  # what its attempts met
     last: UpstreamFault | None = None
+
+    @property
+    def over_tier(self) -> bool:
+        """Whether its last attempt found the request larger than an account's whole rate."""
+        return self.last is not None and self.last.fault is Fault.OVER_TIER
 
 
 @dataclass
@@ -111,6 +143,8 @@ class Attempt:
     progress: Progress
     started: float
     record: chat_service_pb2.UpstreamAttempt  # its entry in the trail the caller sees
+    number: int  # among the attempts of its call, from 1
+    waited: float  # seconds for its key
     outbox: Outbox | None = None
     accepted: bool = False  # the upstream has begun to answer
 
@@ -152,6 +186,8 @@ class Gateway:
             for name in (model.name, *model.aliases):
                 self._models[name] = model
         self._passthrough = next((u for u in config.upstreams if u.passthrough), None)
+        # Of each upstream, with the keys it was made for: to make one takes a while.
+        self._scrubbers: dict[str, tuple[tuple[Key, ...], Scrubber]] = {}
         self.draining = False
 
     @property
@@ -242,6 +278,7 @@ class Gateway:
                         await outbox.fail(error)
             raise
         finally:
+            call.first_token_at = outbox.first_delta_at
             if outbox.committed:
                 call.usage = call.usage or estimate(call.chat, outbox.delivered_bytes)
 
@@ -312,7 +349,7 @@ class Gateway:
             return GatewayError(
                 error_reason_pb2.ERROR_REASON_DEADLINE_EXCEEDED,
                 "the caller's deadline passed",
-                metadata=metadata,
+                metadata={TIMER: "deadline", **metadata},
             )
         maximum = f"within the server's maximum of {self._config.timeouts.total:g} s"
         if not call.attempts:  # no upstream is to blame
@@ -321,12 +358,12 @@ class Gateway:
                 f"no turn {maximum}",
                 retry_after=FIRST_COOLDOWN,
                 retry_helps=True,
-                metadata=metadata,
+                metadata={TIMER: "total", **metadata},
             )
         return GatewayError(
             error_reason_pb2.ERROR_REASON_UPSTREAM_TIMEOUT,
             f"no complete answer {maximum}",
-            metadata={"upstream": call.attempts[-1].upstream, **metadata},
+            metadata={TIMER: "total", "upstream": call.attempts[-1].upstream, **metadata},
         )
 
     def route(self, name: str) -> Route:
@@ -372,16 +409,23 @@ class Gateway:
         errors: list[GatewayError] = []
         cooling: list[tuple[float, Plan]] = []
         for name in (call.chat.model, *names):
+            plan = None
             try:
                 plan = self._plan(call, self.route(name), stream=outbox is not None)
                 plan.patient = not names
                 return await self._held(call, plan, use)
             except GatewayError as error:
                 passing = _FALL_OVER | _UNSUITED if errors else _FALL_OVER
-                if error.reason not in passing or (outbox is not None and outbox.committed):
+                # Too large for this account's rate: another's may be higher.
+                over_tier = plan is not None and plan.over_tier
+                if outbox is not None and outbox.committed:
+                    raise
+                if error.reason not in passing and not over_tier:
                     raise
                 errors.append(error)
-                if error.reason in _COOLING and error.retry_helps and not plan.patient:
+                if plan is None or plan.patient:
+                    continue
+                if error.reason in _COOLING and error.retry_helps:
                     cooling.append((self._now() + (error.retry_after or 0.0), plan))
         if cooling:
             until, plan = min(cooling, key=lambda each: each[0])
@@ -398,11 +442,13 @@ class Gateway:
     async def _held(self, call: Call, plan: Plan, use: Callable[[Attempt], Awaitable[T]]) -> T:
         """Holds a slot of the upstream, then one of the gateway, while the plan is tried: who
         waits for a slow upstream takes no slot from the others."""
+        queued = _Stopwatch(self._now)
         try:
             async with (
                 plan.pool.bulkhead.slot(call.deadline),
                 self._admission.slot(call.deadline),
             ):
+                queued.stop()
                 return await self._attempts(call, plan, use)
         except FullError as full:
             raise GatewayError(
@@ -411,6 +457,8 @@ class Gateway:
                 retry_after=full.retry_after,
                 retry_helps=True,
             ) from None
+        finally:
+            call.queue_seconds += queued.stop()
 
     async def _attempts(self, call: Call, plan: Plan, use: Callable[[Attempt], Awaitable[T]]) -> T:
         """Calls `use` until it answers or the verdict table, the budget or time says no."""
@@ -418,18 +466,23 @@ class Gateway:
             self._budget.deposit()
         pool = plan.pool
         while True:
+            waited = call.key_seconds
             lease = await self._lease(call, plan)
+            waited = call.key_seconds - waited
             record = chat_service_pb2.UpstreamAttempt(
                 upstream=pool.upstream.name, key_id=lease.key.id
             )
             call.attempts.append(record)
-            attempt = Attempt(plan, lease, Progress(), self._now(), record)
+            number = len(call.attempts)
+            stale = plan.last is not None and plan.last.fault is Fault.STALE_CONNECTION
+            progress = Progress(fresh=stale)
+            attempt = Attempt(plan, lease, progress, self._now(), record, number, waited)
             try:
                 answer = await use(attempt)
                 self._succeeded(call, attempt)
                 return answer
             except UpstreamFault as fault:
-                scrub = Scrubber(key.secret for key in (*pool.ring.known_keys, lease.key))
+                scrub = self._scrubber(pool, lease)
                 fault.message = scrub(fault.message)
                 fault.code = printable(scrub(fault.code))[:64]
                 fault.param = scrub(fault.param)
@@ -441,7 +494,7 @@ class Gateway:
                     raise self._interrupted(call, attempt, fault) from None
                 plan.last = fault
                 plan.seen[fault.fault] += 1
-                delay = self._delay(call, plan, fault)
+                delay = self._delay(call, plan, lease, fault)
             except BaseException:
                 self._ended(call, attempt, ABANDONED)
                 raise
@@ -451,9 +504,13 @@ class Gateway:
                 finally:
                     pool.release(lease)
             if delay > 0:
-                await self._sleep(delay)
+                slept = _Stopwatch(self._now)
+                try:
+                    await self._sleep(delay)
+                finally:
+                    call.backoff_seconds += slept.stop()
 
-    def _delay(self, call: Call, plan: Plan, fault: UpstreamFault) -> float:
+    def _delay(self, call: Call, plan: Plan, lease: Lease, fault: UpstreamFault) -> float:
         """Seconds until the next attempt, or the error that says why there is none."""
         action, seen = VERDICTS[fault.fault].request, plan.seen
         give_up = self._error(call, plan.pool, plan.route, fault)
@@ -461,13 +518,19 @@ class Gateway:
             raise give_up
         if action is RequestAction.FAIL and not fault.should_retry:
             raise give_up
+        if action is RequestAction.KNOWN_KEY and not (
+            fault.should_retry or plan.pool.ring.served_elsewhere(lease)
+        ):
+            raise give_up
         if action is RequestAction.ONCE_MORE and seen[fault.fault] > 1:
             raise give_up
         if fault.fault is Fault.STALE_CONNECTION:
             return 0.0  # nothing reached the upstream: neither an attempt nor a retry
         if sum(seen.values()) - seen[Fault.STALE_CONNECTION] >= self._config.retries.max_attempts:
             raise give_up
-        if action is RequestAction.OTHER_KEY:
+        if action is RequestAction.OTHER_GROUP:
+            plan.avoid |= {lease.key.quota_group}
+        if action in _AT_ONCE:
             delay = 0.0  # the key ring says when the next key is ready
         else:
             delay = self._backoff.delay(seen[fault.fault])
@@ -482,18 +545,28 @@ class Gateway:
         return delay
 
     async def _lease(self, call: Call, plan: Plan) -> Lease:
-        """A key, waiting for the soonest one if the deadline allows it."""
+        """A key, waiting for the soonest one if the deadline allows it and waiting may help."""
         pool, chat = plan.pool, call.chat
         cost = 0
         if pool.ring.counts_tokens:
             choices = max(1, chat.params.choice_count)
             cost = estimate(chat, 0).prompt_tokens + plan.encoded.max_completion_tokens * choices
-        until = call.deadline if plan.patient else self._now()
-        found = await pool.lease(
-            plan.route.model_name, until, sticky=chat.prompt_cache_key, tokens=cost
-        )
+        until = call.deadline if plan.patient and not plan.over_tier else self._now()
+        waited = _Stopwatch(self._now)
+        try:
+            found = await pool.lease(
+                plan.route.model_name,
+                until,
+                sticky=chat.prompt_cache_key,
+                tokens=cost,
+                avoid=plan.avoid,
+            )
+        finally:
+            call.key_seconds += waited.stop()
         if isinstance(found, Lease):
             return found
+        if plan.last is not None and plan.over_tier:  # no other account is free to be asked
+            raise self._error(call, pool, plan.route, plan.last)
         raise self._no_key(call, plan, found)
 
     # --- errors -------------------------------------------------------------------------
@@ -518,11 +591,9 @@ class Gateway:
             else:
                 error.resource = ("model", call.chat.model[:200])
         elif fault.fault is Fault.REFUSED and fault.param:
-            path = _PARAM_PATHS.get(fault.param, fault.param)
-            if path in chat_pb2.GenerationParams.DESCRIPTOR.fields_by_name:
-                path = f"params.{path}"
+            path = proto_path(fault.param, call.chat)
             error.violations = (Violation(printable(path)[:100], printable(fault.message)),)
-        elif fault.fault in (Fault.RATE_LIMITED, Fault.QUOTA_EXHAUSTED, Fault.CREDIT_TOO_SMALL):
+        elif fault.fault in _QUOTAS:
             error.quota = (f"upstream:{name}", SAYINGS[fault.fault])
         return error
 
@@ -530,6 +601,8 @@ class Gateway:
         """What the upstream asked for; where it must be told and was not, the ring's own."""
         if fault.retry_after is None and fault.fault in (Fault.RATE_LIMITED, Fault.OVERLOADED):
             return FIRST_COOLDOWN
+        if fault.retry_after is None and fault.fault is Fault.DAILY_QUOTA:
+            return COOLDOWN_CAP
         if fault.retry_after is not None and fault.fault is Fault.OVERLOADED:
             return min(fault.retry_after, STATED_OVERLOAD_CAP)  # after that, a probe asks
         return fault.retry_after
@@ -566,6 +639,24 @@ class Gateway:
             metadata["upstreamCode"] = fault.code
         return {**metadata, **fault.facts}
 
+    def _scrubber(self, pool: Pool, lease: Lease) -> Scrubber:
+        """What an upstream must not tell callers: keys, and the organizations behind them."""
+        keys = pool.ring.known_keys
+        if lease.key not in keys:  # it was removed meanwhile
+            keys = (*keys, lease.key)
+        name = pool.upstream.name
+        made_for, scrub = self._scrubbers.get(name, ((), Scrubber(())))
+        if made_for != keys:
+            organizations = {*pool.upstream.organizations, *(each.organization for each in keys)}
+            accounts = (
+                Secret(each)
+                for each in organizations
+                if each is not None and len(each) >= _SHORTEST_ACCOUNT
+            )
+            scrub = Scrubber((*(each.secret for each in keys), *accounts))
+            self._scrubbers[name] = keys, scrub
+        return scrub
+
     # --- records ------------------------------------------------------------------------
 
     def _fill(self, header: chat_service_pb2.ResponseHeader, call: Call, attempt: Attempt) -> None:
@@ -587,8 +678,10 @@ class Gateway:
         attempt.accepted = True
         ring = attempt.plan.pool.ring
         ring.succeed(attempt.lease)
-        if attempt.progress.remaining_requests is not None:
-            ring.remaining(attempt.lease, attempt.progress.remaining_requests, self._now())
+        progress = attempt.progress
+        ring.remaining(
+            attempt.lease, progress.remaining_requests, progress.remaining_tokens, self._now()
+        )
 
     def _succeeded(self, call: Call, attempt: Attempt) -> None:
         self._accepted(attempt)
@@ -621,22 +714,50 @@ class Gateway:
         self._observe(call, attempt, fault, code)
 
     def _observe(self, call: Call, attempt: Attempt, fault: str = "", code: str = "") -> None:
+        record, progress, outbox = attempt.record, attempt.progress, attempt.outbox
         usage = self._usage(call, attempt) or chat_pb2.Usage()
+        first_token_at = outbox.first_delta_at if outbox is not None else None
         self._observer.attempt(
             AttemptEvent(
                 call.request_id,
-                attempt.record.upstream,
+                record.upstream,
                 attempt.plan.route.model_name,
-                attempt.record.key_id,
-                attempt.record.http_status or attempt.progress.http_status,
+                record.key_id,
+                record.http_status or progress.http_status,
                 fault,
                 code,
                 self._now() - attempt.started,
                 usage.prompt_tokens,
                 usage.completion_tokens,
                 usage.estimated,
+                number=attempt.number,
+                reason=reason_name(record.error_reason),
+                committed=attempt.committed,
+                reused_connection=progress.reused_connection,
+                key_seconds=attempt.waited,
+                first_byte_seconds=_since(attempt.started, progress.first_byte_at or None),
+                first_token_seconds=_since(attempt.started, first_token_at),
             )
         )
+
+
+class _Stopwatch:
+    """Measures one span of time, until it is stopped for the first time."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._began = now()
+        self._seconds: float | None = None
+
+    def stop(self) -> float:
+        """Seconds from the beginning to the first stop."""
+        if self._seconds is None:
+            self._seconds = max(0.0, self._now() - self._began)
+        return self._seconds
+
+
+def _since(began: float, at: float | None) -> float | None:
+    return None if at is None else max(0.0, at - began)
 
 
 def estimate(chat: chat_service_pb2.ChatRequest, delivered_bytes: int) -> chat_pb2.Usage:
@@ -651,6 +772,21 @@ def estimate(chat: chat_service_pb2.ChatRequest, delivered_bytes: int) -> chat_p
         total_tokens=prompt + completion,
         estimated=True,
     )
+
+
+def proto_path(param: str, chat: chat_service_pb2.ChatRequest) -> str:
+    """Where in the request a parameter stands that an upstream names in its own way; as it is if
+    that is nowhere."""
+    param = re.sub(r"\.\[?(\d{1,9})\b\]?", r"[\1]", param[:MESSAGE_CHARACTERS])
+    name = re.match(r"\w*", param)[0]  # type: ignore[index]  # it matches nothing at least
+    rest = param[len(name) :]
+    if name in chat_pb2.GenerationParams.DESCRIPTOR.fields_by_name:
+        return f"params.{name}{rest}"
+    if name not in chat.DESCRIPTOR.fields_by_name and f'"{name}"' in chat.extra_body_json:
+        return "extra_body_json"
+    for pattern, path in _PARAM_STEPS:
+        rest = pattern.sub(path, rest)
+    return _PARAM_PATHS.get(name, name) + rest
 
 
 def printable(text: str) -> str:
@@ -675,8 +811,7 @@ def _trail(call: Call) -> dict[str, str]:
     trail = ""
     for attempt in reversed(call.attempts):
         status = f" {attempt.http_status}" if attempt.http_status else ""
-        reason = error_reason_pb2.ErrorReason.Name(attempt.error_reason)
-        ended = reason.removeprefix("ERROR_REASON_") if attempt.error_reason else "unfinished"
+        ended = reason_name(attempt.error_reason) or "unfinished"
         step = f"{attempt.upstream}/{attempt.key_id}{status} {ended}"
         if len(trail) + len(step) > TRAIL_CHARACTERS - 2 * len(_MORE):
             trail = _MORE + trail
@@ -691,6 +826,7 @@ SAYINGS: Mapping[Fault, str] = {
     Fault.ACCOUNT_DEAD: "the account of every key is deactivated",
     Fault.ACCESS_DENIED: "it denied access to every key",
     Fault.RATE_LIMITED: "every key is rate limited",
+    Fault.DAILY_QUOTA: "every key has used up its quota of the day",
     Fault.QUOTA_EXHAUSTED: "every key is out of credit",
     Fault.CREDIT_TOO_SMALL: "the credit left does not cover a request of this size",
     Fault.OVER_TIER: "one request of this size exceeds the account's whole rate",
@@ -752,7 +888,16 @@ _OWN_WORDS = frozenset(
         Fault.ACCOUNT_DEAD,
         Fault.ACCESS_DENIED,
         Fault.RATE_LIMITED,
+        Fault.DAILY_QUOTA,
         Fault.QUOTA_EXHAUSTED,
         Fault.OVER_TIER,
     }
 )
+
+# Faults that are told with a QuotaFailure.
+_QUOTAS = frozenset(
+    {Fault.RATE_LIMITED, Fault.DAILY_QUOTA, Fault.QUOTA_EXHAUSTED, Fault.CREDIT_TOO_SMALL}
+)
+
+# Another key is another account: it need not be given time.
+_AT_ONCE = frozenset({RequestAction.OTHER_KEY, RequestAction.OTHER_GROUP, RequestAction.KNOWN_KEY})

@@ -22,7 +22,7 @@ from google.rpc import error_details_pb2, status_pb2
 from tokenwire.v1 import chat_pb2, error_reason_pb2
 from tokenwire_service.callers import Callers, Tenant
 from tokenwire_service.errors import GatewayError, Violation, invalid
-from tokenwire_service.gateway import printable
+from tokenwire_service.gateway import Call, printable
 from tokenwire_service.telemetry import CallEvent, Observer
 
 _PREFIX = "/tokenwire.v1."
@@ -53,16 +53,29 @@ class CallContext:
         self.tenant = Tenant()  # who calls; filled before any servicer sees this
         self.labels: dict[str, str] = {}
         self.model = ""  # filled by the servicer, for the log
+        # What its calls cost: one, or as many as a batch has items.
         self.attempts = 0
-        self.usage = chat_pb2.Usage()  # summed over a batch
+        self.retries = 0
+        self.usage = chat_pb2.Usage()
+        self.queue_seconds = self.key_seconds = self.backoff_seconds = 0.0
+        self.first_token_seconds: float | None = None
+        self.upstream = self.key_id = ""  # of the last attempt
 
-    def account(self, attempts: int, usage: chat_pb2.Usage | None) -> None:
+    def account(self, call: Call) -> None:
         """Adds what one call of the RPC cost."""
-        self.attempts += attempts
-        if usage is not None:
-            self.usage.prompt_tokens += usage.prompt_tokens
-            self.usage.completion_tokens += usage.completion_tokens
-            self.usage.estimated |= usage.estimated
+        self.attempts += len(call.attempts)
+        self.retries += max(0, len(call.attempts) - 1)
+        if call.usage is not None:
+            self.usage.prompt_tokens += call.usage.prompt_tokens
+            self.usage.completion_tokens += call.usage.completion_tokens
+            self.usage.estimated |= call.usage.estimated
+        self.queue_seconds += call.queue_seconds
+        self.key_seconds += call.key_seconds
+        self.backoff_seconds += call.backoff_seconds
+        if call.first_token_at is not None:
+            self.first_token_seconds = max(0.0, call.first_token_at - self.started)
+        if call.attempts:
+            self.upstream, self.key_id = call.attempts[-1].upstream, call.attempts[-1].key_id
 
     def time_remaining(self) -> float | None:
         """Seconds until the caller's deadline, None when there is none."""
@@ -233,6 +246,13 @@ class Boundary(grpc.aio.ServerInterceptor):
                 self._now() - call.started,
                 call.labels,
                 call.tenant.name,
+                upstream=call.upstream,
+                key_id=call.key_id,
+                retries=call.retries,
+                queue_seconds=call.queue_seconds,
+                key_seconds=call.key_seconds,
+                backoff_seconds=call.backoff_seconds,
+                first_token_seconds=call.first_token_seconds,
             )
         )
 

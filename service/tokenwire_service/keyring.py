@@ -44,7 +44,9 @@ MINUTE = 60.0
 FORGET_AFTER = 3600.0  # a block that nobody has probed for so long tells nothing any more
 _FORMER = 1000  # keys that are replaced but in use yet are remembered, the latest
 _SWEEP_FROM = 1024  # blocks and groups; below that many, nothing is forgotten
-_PASSING = frozenset({Fault.RATE_LIMITED, Fault.OVERLOADED})
+_MOST_MODELS = 1024  # that a key is remembered to serve: callers may choose the names
+_COST_SHARE = 0.1  # of the newest request in what one of its group costs
+_PASSING = frozenset({Fault.RATE_LIMITED, Fault.DAILY_QUOTA, Fault.OVERLOADED})
 _RETIRING = frozenset({KeyAction.RETIRE_KEY, KeyAction.RETIRE_GROUP, KeyAction.RETIRE_FOR_MODEL})
 _BREAKER_FAULTS = frozenset({Fault.SERVER_ERROR, Fault.UNREACHABLE, Fault.TIMEOUT})
 
@@ -125,6 +127,8 @@ class _KeyState:
     tokens: MinuteWindow | None
     in_flight: int = 0
     served: float = 0.0  # virtual time: grows by 1/weight per lease
+    serves: set[str] = field(default_factory=set)  # models that it has answered for
+    organizations: dict[str, int] = field(default_factory=dict)  # the turn each was met last
 
 
 @dataclass
@@ -133,6 +137,7 @@ class _Group:
 
     in_flight: int = 0
     limit: AdaptiveLimit = field(default_factory=AdaptiveLimit)
+    cost: float = 0.0  # tokens of a request, on average; 0 while unknown
 
 
 @dataclass(eq=False)
@@ -178,7 +183,8 @@ class KeyRing:
         self._groups: dict[tuple[str, str], _Group] = {}
         self._leases = 0
         self._organizations = upstream.organizations
-        self._next_organization = 0
+        self._turns = 0  # organizations handed out
+        self._uneven: set[str] = set()  # models that some key lacks
         self._blocks: dict[Hashable, Block] = {}
         self._sweep_from = _SWEEP_FROM
         self._virtual_time = 0.0
@@ -229,6 +235,7 @@ class KeyRing:
                 state = _KeyState(key, None, None, served=self._virtual_time)
             elif renewed:
                 former[key.id, state.key.secret] = (state, state.key)
+                state.serves.clear()
             state.key = key
             state.requests = _window(state.requests, key.requests_per_minute)
             state.tokens = _window(state.tokens, key.tokens_per_minute)
@@ -239,28 +246,41 @@ class KeyRing:
         self.counts_tokens = any(state.tokens is not None for state in self._keys)
 
     def lease(
-        self, model: str, now: float, *, sticky: str = "", tokens: int = 0
+        self,
+        model: str,
+        now: float,
+        *,
+        sticky: str = "",
+        tokens: int = 0,
+        avoid: frozenset[str] = frozenset(),
     ) -> Lease | Unavailable:
-        """The best key for `model`, or when to ask again.
+        """The best key for `model` outside the quota groups to `avoid`, or when to ask again.
 
         With `sticky` the same key as long as it can serve, since providers cache prompts per
         account: by rendezvous hashing, so that every replica chooses alike and a key that fails
         moves only its own. Otherwise least in flight by weight; among equals weighted round
         robin by virtual time, as in start-time fair queueing, so that a key that comes back is
-        not flooded. `tokens` is what the request may cost, an estimate.
+        not flooded. `tokens` is what the request may cost, an estimate. Where some key was found
+        to lack the model, those known to serve it go before the rest.
         """
         best: _KeyState | None = None
-        best_rank: tuple[float, float] = (math.inf, math.inf)
+        best_rank: tuple[float, ...] = (math.inf,)
+        uneven = model in self._uneven
         all_closed: list[Unavailable] = []
         for state in self._keys:
+            if state.key.quota_group in avoid:
+                all_closed.append(Unavailable(math.inf, Fault.OVER_TIER))
+                continue
             closed = self._closed(state, model, now, tokens)
             if closed is not None:
                 all_closed.append(closed)
                 continue
+            unknown = uneven and model not in state.serves
             if sticky:
-                rank = (-_affinity(sticky, state.key), 0.0)
+                rank = (unknown, -_affinity(sticky, state.key), 0.0)
             else:
-                rank = (state.in_flight / state.key.weight, max(state.served, self._virtual_time))
+                load = state.in_flight / state.key.weight
+                rank = (unknown, load, max(state.served, self._virtual_time))
             if rank < best_rank:
                 best, best_rank = state, rank
         if best is None:
@@ -269,6 +289,10 @@ class KeyRing:
 
     def succeed(self, lease: Lease) -> None:
         """The key serves: what it probed is open again. Call before release; again does no harm."""
+        if lease.key.secret == lease.state.key.secret:  # not renewed meanwhile
+            if len(lease.state.serves) >= _MOST_MODELS:
+                lease.state.serves.clear()
+            lease.state.serves.add(lease.model)
         for block, until in lease.probes:
             if block.until == until:
                 block.until, block.strikes, block.fault = 0.0, 0, None
@@ -278,14 +302,28 @@ class KeyRing:
                 whole.strikes = 0
         lease.group.limit.borne(min(lease.together, lease.group.in_flight))
 
-    def remaining(self, lease: Lease, requests: int, now: float) -> None:
-        """The provider says with its answer that so many `requests` are left in its window."""
-        lease.group.limit.remaining(requests, lease.group.in_flight, now)
+    def served_elsewhere(self, lease: Lease) -> bool:
+        """Whether another key is known to serve the model of a lease."""
+        return any(lease.model in state.serves for state in self._keys if state is not lease.state)
+
+    def remaining(self, lease: Lease, requests: int | None, tokens: int | None, now: float) -> None:
+        """The provider says with its answer that so many `requests` and `tokens` are left in its
+        window. Tokens count as the requests that they are enough for, once one is known to cost
+        how many."""
+        group = lease.group
+        left = [requests] if requests is not None else []
+        if tokens is not None and group.cost:
+            left.append(int(tokens / group.cost))
+        if left:
+            group.limit.remaining(min(left), group.in_flight, now)
 
     def settle(self, lease: Lease, tokens: int) -> None:
-        """What the request has really cost, once that is known."""
+        """What the request has really cost, once that is known; 0 if it was refused."""
         if lease.spent is not None:
             lease.spent.window.correct(lease.spent, tokens)
+        if tokens > 0:
+            group = lease.group
+            group.cost += (tokens - group.cost) * (_COST_SHARE if group.cost else 1.0)
 
     def fail(self, lease: Lease, fault: UpstreamFault, now: float) -> None:
         """Applies the key's side of the verdict. Call before release."""
@@ -297,7 +335,9 @@ class KeyRing:
         if action is KeyAction.COOL_GROUP:
             block = self._block(("group", key.quota_group, model))
             delay = _stated(fault, COOLDOWN_CAP)
-            if delay is None:
+            if delay is None and fault.fault is Fault.DAILY_QUOTA:
+                delay = COOLDOWN_CAP  # whose midnight ends the day, the answer does not say
+            elif delay is None:
                 delay = _doubling(FIRST_COOLDOWN, UNSTATED_COOLDOWN_CAP, block.strike(now))
             self._close(block, fault, now, delay)
         elif action is KeyAction.COOL_UPSTREAM:
@@ -309,6 +349,8 @@ class KeyRing:
         elif action is KeyAction.RETIRE_FOR_MODEL:
             block = self._block(("key", key.id, key.secret, model))
             self._close(block, fault, now, PROBE_CAP)
+        elif action is KeyAction.NOTE_MODEL:
+            self._note(lease, fault, now)
         elif action is KeyAction.RETIRE_GROUP and fault.fault is Fault.QUOTA_EXHAUSTED:
             block = self._block(("group", key.quota_group))
             delay = _doubling(FIRST_PROBE, PROBE_CAP, block.strike(now))
@@ -413,7 +455,7 @@ class KeyRing:
         if state.requests is not None:
             state.requests.spend(now, 1)
         spent = None if state.tokens is None else state.tokens.spend(now, tokens)
-        organization = key.organization or self._organization()
+        organization = key.organization or self._organization(state)
         lease = Lease(key, organization, model, now, group.in_flight, spent, state, group)
         for scope in self._scopes(key, model):
             block = self._blocks.get(scope)
@@ -458,11 +500,28 @@ class KeyRing:
             return [lease.key]
         return [key for key in self.keys if key.quota_group == lease.key.quota_group]
 
-    def _organization(self) -> str | None:
-        if not self._organizations:
+    def _note(self, lease: Lease, fault: UpstreamFault, now: float) -> None:
+        """A key lacks a model that another serves. If none is known to, it may as well be the
+        caller who misspelt it, and that closes nothing."""
+        if lease.key.secret == lease.state.key.secret:
+            lease.state.serves.discard(lease.model)
+        if self.served_elsewhere(lease):
+            self._uneven.add(lease.model)
+            block = self._block(("key", lease.key.id, lease.key.secret, lease.model))
+            self._close(block, fault, now, PROBE_CAP)
+
+    def _organization(self, state: _KeyState) -> str | None:
+        """They take turns, but a key goes on with the one that it met longest ago: with as many
+        keys as organizations both turns would else run in step, and a key see only one."""
+        count = len(self._organizations)
+        if not count:
             return None
-        self._next_organization = (self._next_organization + 1) % len(self._organizations)
-        return self._organizations[self._next_organization - 1]
+        turn = self._turns
+        self._turns += 1
+        by_turn = (self._organizations[(turn + i) % count] for i in range(count))
+        chosen = min(by_turn, key=lambda each: state.organizations.get(each, -1))
+        state.organizations[chosen] = turn
+        return chosen
 
     def _block(self, scope: Hashable) -> Block:
         return self._blocks.setdefault(scope, Block())
@@ -538,8 +597,10 @@ def _soonest(closed: Sequence[Unavailable]) -> Unavailable:
     """What several closed keys come to: when the soonest that is worth waiting for may serve, and
     no fault as soon as one is only busy."""
     waited = [each for each in closed if each.worth_waiting(math.inf)]
+    # That a key lacks the model is told only if nothing else is wrong with any other.
+    other = [each for each in closed if each.fault is not Fault.MODEL_NOT_FOUND]
     soonest = min(
-        waited or closed,
+        waited or other or closed,
         key=lambda each: each.until,
         default=Unavailable(math.inf, Fault.KEY_REJECTED),
     )

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from tokenwire_service.admission import Admission
 from tokenwire_service.config import Key, Upstream
@@ -14,6 +15,9 @@ from tokenwire_service.keyring import KeyRing, Lease, Unavailable
 from tokenwire_service.upstream.client import UpstreamClient
 
 _MOMENT = 0.001  # seconds: a loop's timers may be early by as much
+
+
+_Line: TypeAlias = tuple[str, frozenset[str]]
 
 
 @dataclass(eq=False)
@@ -24,7 +28,13 @@ class _Waiter:
     deadline: float
     sticky: str
     tokens: int
+    avoid: frozenset[str]
     turn: asyncio.Future[Lease | Unavailable]
+
+    @property
+    def line(self) -> _Line:
+        """Those who can have the same keys stand in one line."""
+        return self.model, self.avoid
 
 
 class Pool:
@@ -46,7 +56,7 @@ class Pool:
         self.bulkhead = bulkhead
         self._now = now
         self._waiting: list[_Waiter] = []  # by arrival
-        self._closed: dict[str, Unavailable] = {}  # of each model that somebody waits for
+        self._closed: dict[_Line, Unavailable] = {}  # of each line that somebody stands in
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_at = math.inf
 
@@ -61,18 +71,24 @@ class Pool:
         return len(self._waiting)
 
     async def lease(
-        self, model: str, deadline: float, *, sticky: str = "", tokens: int = 0
+        self,
+        model: str,
+        deadline: float,
+        *,
+        sticky: str = "",
+        tokens: int = 0,
+        avoid: frozenset[str] = frozenset(),
     ) -> Lease | Unavailable:
         """A key, to be given back to `release`; or why none can serve before `deadline`. Waits for
-        as long as that may change. `sticky` and `tokens`: as KeyRing.lease."""
-        found = self._closed.get(model) or self.ring.lease(
-            model, self._now(), sticky=sticky, tokens=tokens
+        as long as that may change. `sticky`, `tokens` and `avoid`: as KeyRing.lease."""
+        found = self._closed.get((model, avoid)) or self.ring.lease(
+            model, self._now(), sticky=sticky, tokens=tokens, avoid=avoid
         )
         if isinstance(found, Lease) or not found.worth_waiting(deadline):
             return found
         turn: asyncio.Future[Lease | Unavailable] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiter(model, deadline, sticky, tokens, turn))
-        self._closed[model] = found
+        self._waiting.append(_Waiter(model, deadline, sticky, tokens, avoid, turn))
+        self._closed[model, avoid] = found
         self._look_at(min(found.until, self._alarm_at))
         try:
             return await turn
@@ -99,23 +115,26 @@ class Pool:
         has become of no use."""
         if not self._waiting:
             return
-        closed: dict[str, Unavailable] = {}  # also to all who stand behind in the same line
+        closed: dict[_Line, Unavailable] = {}  # also to all who stand behind in the same line
         waiting: list[_Waiter] = []
         for waiter in self._waiting:
             if waiter.turn.done():
                 continue  # it left
-            model = waiter.model
-            found = closed.get(model) or self.ring.lease(
-                model, self._now(), sticky=waiter.sticky, tokens=waiter.tokens
+            found = closed.get(waiter.line) or self.ring.lease(
+                waiter.model,
+                self._now(),
+                sticky=waiter.sticky,
+                tokens=waiter.tokens,
+                avoid=waiter.avoid,
             )
             if isinstance(found, Unavailable):
-                closed[model] = found
+                closed[waiter.line] = found
                 if found.worth_waiting(waiter.deadline):
                     waiting.append(waiter)
                     continue
             waiter.turn.set_result(found)
         self._waiting = waiting
-        self._closed = {waiter.model: closed[waiter.model] for waiter in waiting}
+        self._closed = {waiter.line: closed[waiter.line] for waiter in waiting}
         self._look_at(min((each.until for each in self._closed.values()), default=math.inf))
 
     def _look_at(self, at: float) -> None:

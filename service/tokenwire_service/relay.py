@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from tokenwire.v1 import chat_pb2, chat_service_pb2, error_reason_pb2
-from tokenwire_service.errors import GatewayError
+from tokenwire_service.errors import TIMER, GatewayError
 
 StreamChatResponse = chat_service_pb2.StreamChatResponse
 Snapshot = chat_service_pb2.Snapshot
@@ -142,6 +142,7 @@ class Outbox:
             raise GatewayError(
                 error_reason_pb2.ERROR_REASON_CALLER_STALLED,
                 f"the caller read nothing for {self._write_timeout:g} s",
+                metadata={TIMER: "write"},
             ) from None
         self._writable = True
         self._written_at = self._now()

@@ -1,10 +1,17 @@
 """A text that never shows itself, nor in the texts of others."""
 
+import base64
 import hashlib
 import hmac
 import json
+import re
+import urllib.parse
 from collections.abc import Iterable
 from typing import NoReturn, final
+
+_ENOUGH = 12  # characters of a secret that are not seen anywhere else, and help nobody guess it
+_PROBE = 8  # characters; of twelve in a row, eight begin at every fifth place of a text
+_STRIDE = _ENOUGH - _PROBE + 1
 
 
 @final
@@ -84,7 +91,8 @@ class Digest:
 
 
 class Scrubber:
-    """Replaces secrets in texts, also where these quote them as JSON or Python does.
+    """Replaces secrets in texts: as they are, as JSON, Python and URLs quote them, and within
+    base64. Twelve characters of one are enough, so that it may also be cut off or broken up.
 
     Secrets of fewer than `shortest` characters are left alone.
     """
@@ -94,7 +102,6 @@ class Scrubber:
     def __init__(self, secrets: Iterable[Secret] = (), shortest: int = 1) -> None:
         self._shortest = shortest
         self._secrets: dict[Secret, None] = {}  # in order: the one dropped last stands last
-        self._forms: list[str] = []
         self.replace(secrets)
 
     def replace(self, secrets: Iterable[Secret]) -> None:
@@ -107,12 +114,46 @@ class Scrubber:
         for secret in self._secrets:
             text = secret.reveal()
             if len(text) >= self._shortest:
-                forms |= {text, json.dumps(text)[1:-1], repr(text)[1:-1]}
+                forms |= _disguises(text)
         # The longest first: a key may begin with another.
-        self._forms = sorted(forms, key=len, reverse=True)
+        short = (form for form in forms if len(form) < _ENOUGH)
+        self._short = sorted(short, key=len, reverse=True)
+        long = [form for form in forms if len(form) >= _ENOUGH]
+        self._parts = {form[i : i + _ENOUGH] for form in long for i in _windows(form)}
+        self._probes = {f[i : i + _PROBE] for f in long for i in range(len(f) - _PROBE + 1)}
 
     def __call__(self, text: str) -> str:
         """`text` with `***` in place of every secret."""
-        for form in self._forms:
+        for form in self._short:
             text = text.replace(form, "***")
-        return text
+        places = range(0, len(text) - _PROBE + 1, _STRIDE)
+        if not any(text[at : at + _PROBE] in self._probes for at in places):
+            return text  # as nearly every text of a log
+        kept: list[str] = []
+        end = 0  # of what is kept or replaced already
+        for at in _windows(text):
+            if text[at : at + _ENOUGH] in self._parts:
+                if at >= end:
+                    kept += (text[end:at], "***")
+                end = at + _ENOUGH
+        return "".join(kept) + text[end:] if kept else text
+
+
+def _windows(text: str) -> range:
+    """Where as many characters begin as are enough."""
+    return range(len(text) - _ENOUGH + 1)
+
+
+def _disguises(plain: str) -> set[str]:
+    """How a text may be quoted. Of what base64 makes of it within a longer one, such as
+    `user:password`, the characters at both ends are left out: they hold bits of its neighbours."""
+    url = urllib.parse.quote(plain, safe="")
+    lower = re.sub("%[0-9A-F]{2}", lambda found: found[0].lower(), url)
+    forms = {plain, json.dumps(plain)[1:-1], repr(plain)[1:-1], url, lower}
+    data = plain.encode("utf-8", "surrogatepass")
+    for before in range(3):
+        encoded = base64.b64encode(b"\0" * before + data).decode()
+        form = encoded[-(-before * 4 // 3) : (before + len(data)) * 4 // 3]
+        if len(form) >= _ENOUGH:  # a shorter one may be anything
+            forms |= {form, form.replace("+", "-").replace("/", "_")}
+    return forms

@@ -16,7 +16,7 @@ from tokenwire.v1 import (
     tokenizer_service_pb2,
 )
 from tokenwire_service.config import Config
-from tokenwire_service.errors import GatewayError
+from tokenwire_service.errors import TIMER, GatewayError
 from tokenwire_service.gateway import Call, Gateway, estimate
 from tokenwire_service.interceptors import (
     CallContext,
@@ -115,6 +115,7 @@ class ChatServicer:
             raise GatewayError(
                 error_reason_pb2.ERROR_REASON_CALLER_STALLED,
                 f"the caller read nothing for {seconds:g} s",
+                metadata={TIMER: "write"},
             ) from None
 
     async def _item(
@@ -231,11 +232,14 @@ class ModelServicer:
 
     async def _models(self, context: CallContext) -> list[model_service_pb2.Model]:
         call = begin(chat_service_pb2.ChatRequest(), context, self._config, self._now)
-        return [
-            _with_tokenizer(model)
-            for model in await self._gateway.models(call)
-            if any(map(context.tenant.may_ask, (model.name, *model.aliases)))
-        ]
+        try:
+            return [
+                _with_tokenizer(model)
+                for model in await self._gateway.models(call)
+                if any(map(context.tenant.may_ask, (model.name, *model.aliases)))
+            ]
+        finally:
+            context.account(call)
 
 
 def _with_tokenizer(model: model_service_pb2.Model) -> model_service_pb2.Model:
@@ -279,7 +283,7 @@ def admitted(call: Call, context: CallContext) -> Iterator[None]:
                 spending.settle(0)
             raise
         finally:
-            context.account(len(call.attempts), call.usage)
+            context.account(call)
             if call.usage is not None:
                 usage = call.usage
                 total = usage.prompt_tokens + usage.completion_tokens

@@ -22,39 +22,57 @@ ABANDONED = "abandoned"
 
 @dataclass(frozen=True)
 class AttemptEvent:
-    """One request to one upstream with one key ended. `fault` is empty when it answered. Tokens:
-    as the upstream told them, or where it was cut off an estimate, or 0."""
+    """One request to one upstream with one key ended. Times are seconds.
+
+    `fault` is empty when it answered, `abandoned` when the call ended it, else a value of
+    errors.Fault, with `reason` as ErrorInfo would spell it alone.
+    """
 
     request_id: str
     upstream: str
-    model: str
+    model: str  # as the upstream calls it
     key_id: str
-    http_status: int
+    http_status: int  # 0: none arrived
     fault: str
-    upstream_code: str
-    seconds: float
-    prompt_tokens: int = 0
+    upstream_code: str  # the upstream's own, without key material
+    seconds: float  # from the request sent to the end of the answer
+    prompt_tokens: int = 0  # as the upstream told them, or where it was cut off an estimate, or 0
     completion_tokens: int = 0
     usage_estimated: bool = False
+    number: int = 1  # among the attempts of its call, fallbacks included
+    reason: str = ""
+    committed: bool = False  # the caller was told something of its answer
+    reused_connection: bool = False
+    key_seconds: float = 0.0  # waiting for its key, before `seconds`
+    first_byte_seconds: float | None = None  # until the answer's head; None: it never came
+    first_token_seconds: float | None = None  # until the first delta of a stream
 
 
 @dataclass(frozen=True)
 class CallEvent:
-    """One RPC ended. `reason` is empty for OK."""
+    """One RPC ended. `reason` is empty for OK. Times are seconds; of a batch, numbers and times are
+    sums over its items, and so may exceed `seconds`."""
 
     request_id: str
-    method: str
+    method: str  # package.Service/Method
     code: str
     reason: str
     message: str
-    model: str
+    model: str  # as the caller spelt it; empty for a batch
     attempts: int
     prompt_tokens: int
     completion_tokens: int
-    usage_estimated: bool
+    usage_estimated: bool  # at least a part of the tokens
     seconds: float
     labels: Mapping[str, str] = field(default_factory=dict)  # the caller's own, for accounting
     caller: str = ""  # as configured; empty where there are no callers
+    upstream: str = ""  # that was asked last; empty if none was
+    key_id: str = ""  # of the last attempt
+    retries: int = 0  # attempts after the first one of a call
+    queue_seconds: float = 0.0  # waiting for slots
+    key_seconds: float = 0.0  # waiting for keys
+    backoff_seconds: float = 0.0  # between attempts
+    first_token_seconds: float | None = None  # until the first delta of a stream
 
 
 class Observer(Protocol):
@@ -85,8 +103,10 @@ class LogObserver:
 
     def _log(self, level: int, name: str, event: AttemptEvent | CallEvent) -> None:
         if self._logger.isEnabledFor(level):
-            fields = asdict(event)
-            fields["seconds"] = round(event.seconds, 4)
+            fields = {
+                name: round(value, 4) if isinstance(value, float) else value
+                for name, value in asdict(event).items()
+            }
             self._logger.log(level, name, extra={"fields": fields})
 
 

@@ -12,9 +12,17 @@ from aiohttp import web
 
 from corpus import runner, verdicts
 from harness import Start, chunk, completion, provider, upstream
-from tokenwire_service.config import Config, Model
+from tokenwire_service.config import Config, Key, Model, Upstream
 from tokenwire_service.errors import Fault, UpstreamFault
-from tokenwire_service.keyring import COOLDOWN_CAP, JITTER, KeyRing, Lease, Unavailable
+from tokenwire_service.keyring import (
+    COOLDOWN_CAP,
+    FIRST_COOLDOWN,
+    JITTER,
+    KeyRing,
+    Lease,
+    Unavailable,
+)
+from tokenwire_service.secret import Secret
 from tokenwire_service.upstream.classify import classify, go_duration, retry_delay
 
 CORPUS_CAP = 120.0  # seconds above which the delay cases call a delay too long
@@ -57,6 +65,107 @@ def test_a_delay_that_is_too_long_cools_no_longer_than_the_cap() -> None:
             found = ring.lease("m", now=0.0)
             assert isinstance(found, Unavailable)
             assert CORPUS_CAP < found.until <= COOLDOWN_CAP * (1 + JITTER), case
+
+
+def ring_after(fault: UpstreamFault) -> KeyRing:
+    """Three keys, the first two of one account, after the first met a fault at second 0."""
+    keys = tuple(
+        Key(id=f"k{i}", secret=Secret(f"s{i}"), quota_group=group)
+        for i, group in enumerate(("acme", "acme", "other"), 1)
+    )
+    of = Upstream(name="u", base_url="http://unused", keys=keys)
+    ring = KeyRing(of, random=lambda: 0.0)
+    lease = ring.lease("m", now=0.0)
+    assert isinstance(lease, Lease)
+    assert lease.key.id == "k1"
+    ring.fail(lease, fault, now=0.0)
+    ring.release(lease)
+    return ring
+
+
+def serving(ring: KeyRing, model: str, now: float) -> set[str]:
+    """The keys that may be leased now, each once."""
+    leases = []
+    while isinstance(found := ring.lease(model, now), Lease) and len(leases) < 9:
+        leases.append(found)
+    for lease in leases:
+        ring.release(lease)
+    return {lease.key.id for lease in leases}
+
+
+def cools_until(ring: KeyRing, moment: float) -> None:
+    """Exactly until then, the whole account, for this model, and nobody and nothing else."""
+    assert serving(ring, "m", 0.0) == {"k3"}
+    assert serving(ring, "m", moment * (1 - 1e-9)) == {"k3"}
+    assert serving(ring, "m2", 0.0) == {"k1", "k2", "k3"}
+    # One probes it, and with it the account is open again.
+    leases = [ring.lease("m", moment * (1 + 1e-9)) for _ in range(4)]
+    probes = [each for each in leases if isinstance(each, Lease) and each.key.id != "k3"]
+    (probe,) = probes
+    ring.succeed(probe)
+    for each in leases:
+        assert isinstance(each, Lease)
+        ring.release(each)
+    assert serving(ring, "m", moment + 10.0) == {"k1", "k2", "k3"}
+
+
+def test_every_stated_delay_cools_the_account_for_just_as_long() -> None:
+    for case in read("delay_cases.json")["retry_after"]:
+        now = datetime.datetime.fromisoformat(case["now"]).timestamp()
+        fault = classify(429, lowered(case["headers"]), b"", lambda now=now: now)  # type: ignore[misc]
+        stated = fault.retry_after if case["too_long"] else case["delay_s"]
+        cools_until(
+            ring_after(fault), FIRST_COOLDOWN if stated is None else min(stated, COOLDOWN_CAP)
+        )
+
+
+def test_every_recorded_reset_of_an_exhausted_dimension_cools_for_just_as_long() -> None:
+    """The recorded sets with the recorded limits used up: one, the other, both."""
+    tried = 0
+    for case in read("ratelimit_headers.json")["cases"]:
+        parsed = case["expected"]["parsed"]
+        resets = {
+            dimension: reset[0]["seconds"]
+            for dimension in ("requests", "tokens")
+            if (reset := parsed.get(f"x-ratelimit-reset-{dimension}")) and reset[0].get("seconds")
+        }
+        for exhausted in (["requests"], ["tokens"], ["requests", "tokens"]):
+            headers = lowered(case["headers"])
+            if "retry-after" in headers or not set(exhausted) <= set(resets):
+                continue
+            headers |= {f"x-ratelimit-remaining-{dimension}": "0" for dimension in exhausted}
+            fault = classify(429, headers, b"")
+            longest = max(resets[dimension] for dimension in exhausted)
+            cools_until(ring_after(fault), min(longest, COOLDOWN_CAP))
+            tried += 1
+    assert tried > 30
+
+
+def test_a_recorded_retry_after_wins_over_every_reset() -> None:
+    cases = [c for c in read("ratelimit_headers.json")["cases"] if "retry-after" in c["headers"]]
+    assert len(cases) == 3
+    for case in cases:
+        headers = lowered(case["headers"])
+        headers |= {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "17s"}
+        cools_until(ring_after(classify(429, headers, b"")), float(headers["retry-after"]))
+
+
+def test_what_a_recorded_answer_says_is_left_lowers_no_limit_below_it() -> None:
+    """Also where little is left: as many as that may be under way, and what is already."""
+    told = 0
+    for case in read("ratelimit_headers.json")["cases"]:
+        left = lowered(case["headers"]).get("x-ratelimit-remaining-requests", "")
+        if not left.isdigit():
+            continue
+        ring = KeyRing(upstream("http://unused", keys=1))
+        first = ring.lease("m", 0.0)
+        assert isinstance(first, Lease)
+        ring.succeed(first)
+        ring.remaining(first, int(left), None, 0.0)
+        many = [ring.lease("m", 0.0) for _ in range(60)]
+        assert sum(isinstance(each, Lease) for each in many) == min(60, int(left)), case
+        told += 1
+    assert told > 20
 
 
 def test_resets_are_read_as_go_durations() -> None:

@@ -11,9 +11,15 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import msgspec
+from google.rpc import code_pb2
+
 from corpus.runner import Answer, Item, Run, unlike
-from tokenwire_service.errors import Fault
+from tokenwire_service.config import Config, Key
+from tokenwire_service.errors import CODES, VERDICTS, Fault, KeyAction, RequestAction
 from tokenwire_service.keyring import FIRST_COOLDOWN, FIRST_PROBE, JITTER, KeyRing, Lease
+from tokenwire_service.secret import Secret
+from tokenwire_service.upstream.classify import classify
 
 
 class Told(NamedTuple):
@@ -88,6 +94,57 @@ KEYS: Mapping[str, str] = {
     "keep key; cool upstream/model": "cools with its upstream",
 }
 KEYS_APART: Mapping[str, str] = {"err-104-azure-429": "serves"}
+# The same as the table of verdicts says it.
+KEY_ACTIONS: Mapping[str, frozenset[KeyAction]] = {
+    "cool_down": frozenset({KeyAction.COOL_GROUP}),
+    "cool_down_upstream": frozenset({KeyAction.COOL_UPSTREAM}),
+    "disable": frozenset({KeyAction.RETIRE_KEY, KeyAction.RETIRE_GROUP}),
+    "disable_until_probe": frozenset({KeyAction.RETIRE_GROUP}),
+    "keep": frozenset({KeyAction.KEEP, KeyAction.NOTE_MODEL}),  # a deployment is a model
+    "keep (count for breaker)": frozenset({KeyAction.KEEP}),
+    "keep (mark key lacks model)": frozenset({KeyAction.NOTE_MODEL}),
+    "keep key; cool upstream/model": frozenset({KeyAction.COOL_UPSTREAM}),
+}
+# By the corpus' own word: what becomes of the request.
+REQUESTS: Mapping[str, RequestAction] = {
+    "fail at once": RequestAction.FAIL,
+    "fail at once on this tier; may try a key with a higher tier; never wait": (
+        RequestAction.OTHER_GROUP
+    ),
+    "fail at once unless another key/upstream is known to serve it": RequestAction.KNOWN_KEY,
+    "fail or other upstream": RequestAction.KNOWN_KEY,
+    "optional one retry same key (sampling)": RequestAction.ONCE_MORE,
+    "retry later or other upstream; other key of same provider gives nothing": (
+        RequestAction.BACKOFF
+    ),
+    "retry same/other with backoff, within budget": RequestAction.BACKOFF,
+    "retry_other_key": RequestAction.OTHER_KEY,
+    "retry_other_key (other account)": RequestAction.OTHER_KEY,
+    "retry_other_key (then other upstream); wait only if all keys cool and deadline allows": (
+        RequestAction.OTHER_KEY
+    ),
+    "retry_other_key once; else fail": RequestAction.ONCE_MORE,
+    "retry_same_or_other after backoff": RequestAction.BACKOFF,
+}
+REQUESTS_APART: Mapping[str, RequestAction] = {
+    "err-025-azure-404": RequestAction.FAIL,
+    "err-104-azure-429": RequestAction.OTHER_GROUP,  # another key, too, but only to a larger tier
+}
+# Of the accounts acme, acme and other, those whose keys are asked, at most three times; as the
+# first to serve is chosen by turn, and each fails.
+ASKED: Mapping[RequestAction, tuple[str, ...]] = {
+    RequestAction.FAIL: ("k1",),
+    RequestAction.KNOWN_KEY: ("k1",),
+    RequestAction.OTHER_GROUP: ("k1", "k3"),
+    RequestAction.OTHER_KEY: ("k1", "k3"),
+    RequestAction.ONCE_MORE: ("k1", "k2"),
+    RequestAction.BACKOFF: ("k1", "k2", "k3"),
+}
+ASKED_APART: Mapping[Fault | str, tuple[str, ...]] = {
+    Fault.RATE_LIMITED: ("k1", "k3", "k2"),  # for which is waited
+    "err-091-google-429": ("k1", "k3"),  # it asks for more time than there is
+    Fault.KEY_REJECTED: ("k1", "k2", "k3"),  # the account of a rejected key may have good ones
+}
 # Seconds that a rate limit asks to wait; FIRST_COOLDOWN where it does not say.
 DELAYS: Mapping[str, float] = {"err-091-google-429": 34.4}
 # Less than the shortest time that an unstated rate limit cools: nothing waits for it.
@@ -112,6 +169,45 @@ def told(item: Item) -> Told:
 def stands(item: Item) -> str:
     """How the only key should stand afterwards."""
     return KEYS_APART.get(item.id, KEYS[item.data["expected"]["key_action"]])
+
+
+def classified(item: Item) -> Fault:
+    """What the classifier alone makes of it."""
+    headers = {name.lower(): values[0] for name, values in (item.data["headers"] or {}).items()}
+    return classify(item.data["status"], headers, (item.data["body"] or "").encode()).fault
+
+
+def misjudged(item: Item) -> list[str]:
+    """Where the table's verdict on a recording is not the corpus' own."""
+    expected, verdict = item.data["expected"], VERDICTS[classified(item)]
+    key_actions = KEY_ACTIONS[expected["key_action"]]
+    if item.id in KEYS_APART:
+        key_actions = frozenset({KeyAction.KEEP})
+    wrong = []
+    if verdict.key not in key_actions:
+        wrong.append(f"{item.id}: key: {verdict.key}")
+    if verdict.request is not REQUESTS_APART.get(item.id, REQUESTS[expected["request_action"]]):
+        wrong.append(f"{item.id}: request: {verdict.request}")
+    if code_pb2.Code.Name(CODES[verdict.reason]) != told(item).code:
+        wrong.append(f"{item.id}: code: {CODES[verdict.reason]}")
+    return wrong
+
+
+def asked(item: Item) -> tuple[str, ...]:
+    """The keys that should be asked, of three in two accounts."""
+    fault = classified(item)
+    apart = ASKED_APART.get(item.id, ASKED_APART.get(fault))
+    return apart or ASKED[VERDICTS[fault].request]
+
+
+def with_accounts(config: Config, *groups: str) -> Config:
+    """The same with a key for each of these quota groups, for every upstream."""
+    keys = tuple(
+        Key(id=f"k{i}", secret=Secret(f"sk-test-corpus-{i}"), quota_group=group)
+        for i, group in enumerate(groups, 1)
+    )
+    upstreams = tuple(msgspec.structs.replace(each, keys=keys) for each in config.upstreams)
+    return msgspec.structs.replace(config, upstreams=upstreams)
 
 
 def standing(ring: KeyRing, model: str) -> str:

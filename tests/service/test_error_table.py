@@ -382,7 +382,7 @@ ANSWERS = {
         7,
         429,
         error("on tokens per min (TPM): Limit 30000, Requested 47000.", code="rate_limit_exceeded"),
-        Heard(Code.RESOURCE_EXHAUSTED, "REQUEST_TOO_LARGE", 1, "429", "rate_limit_exceeded"),
+        Heard(Code.RESOURCE_EXHAUSTED, "REQUEST_TOO_LARGE", 2, "429", "rate_limit_exceeded"),
     ),
     "Google quota per day": Answer(
         8,

@@ -36,6 +36,7 @@ from harness import (
 )
 from tokenwire.v1 import error_reason_pb2
 from tokenwire_service.config import Config, Limits, Model, Retries, Timeouts, UpstreamTimeouts
+from tokenwire_service.keyring import KeyRing, Lease
 from tokenwire_service.simulator import Simulator
 
 Simulated = tuple[Simulator, str]
@@ -353,6 +354,7 @@ async def test_each_timer_has_its_own_reason(start: Start, timer: str) -> None:
         failure = await ended_by(gateway, timer, LONG)
         await until(lambda: served.open == 0)
     assert failure.reason == reason
+    assert failure.metadata["timer"] == timer
     assert failure.code is not grpc.StatusCode.DEADLINE_EXCEEDED
     assert failure.pushback == "-1"
     assert failure.metadata["attempts"] == "1"
@@ -404,6 +406,77 @@ async def test_what_only_keeps_a_stream_alive_is_no_progress(
         failure = await failing(call_of(gateway, "StreamChat"))
         await until(lambda: served.open == 0)
     assert failure.reason == ("UPSTREAM_STREAM_INTERRUPTED" if text else "UPSTREAM_TIMEOUT")
+
+
+NO_TEXT = {
+    "a role": b'{"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}',
+    "no choice": b'{"object": "chat.completion.chunk", "choices": []}',
+    "usage": b'{"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 0}}',
+}
+
+
+@pytest.mark.parametrize("what", NO_TEXT)
+async def test_events_without_text_are_no_beginning(start: Start, what: str) -> None:
+    """An upstream that sends them for ever would else be waited for as long."""
+
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        response = await event_stream(asked)
+        while True:
+            await response.write(b"data: " + NO_TEXT[what] + b"\n\n")
+            await asyncio.sleep(0.02)
+
+    async with provider(answer) as served:
+        timeouts = UpstreamTimeouts(first_byte=SHORT, idle=LONG)
+        gateway = await start(
+            upstream(served.base_url, timeouts=timeouts), retries=Retries(max_attempts=1)
+        )
+        failure = await failing(call_of(gateway, "StreamChat"))
+        await until(lambda: served.open == 0)
+    assert failure.reason == "UPSTREAM_TIMEOUT"
+    assert failure.metadata["timer"] == "first_byte"
+
+
+async def test_a_model_may_think_longer_than_it_may_pause(start: Start) -> None:
+    """Some send the role at once, and then nothing while they think."""
+
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        response = await event_stream(asked)
+        await response.write(b"data: " + NO_TEXT["a role"] + b"\n\n")
+        await asyncio.sleep(4 * SHORT)
+        await response.write(chunk("42", finish_reason="stop") + b"data: [DONE]\n\n")
+        return response
+
+    async with provider(answer) as served:
+        timeouts = UpstreamTimeouts(first_byte=LONG, idle=SHORT)
+        gateway = await start(upstream(served.base_url, timeouts=timeouts))
+        received = await receive(call_of(gateway, "StreamChat"))
+    assert received.failure is None
+    assert received.text == "42"
+    assert len(served.asked) == 1
+
+
+async def test_initial_metadata_come_with_the_first_message_and_not_before(start: Start) -> None:
+    """Sent earlier they would switch off the caller's own retries, though nothing was delivered."""
+    proceed = asyncio.Event()
+
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        response = await event_stream(asked)
+        await response.write(b"data: " + NO_TEXT["a role"] + b"\n\n")
+        await proceed.wait()
+        await response.write(chunk("hello", finish_reason="stop") + b"data: [DONE]\n\n")
+        return response
+
+    async with provider(answer) as served:
+        gateway = await start(upstream(served.base_url))
+        call = call_of(gateway, "StreamChat")
+        metadata = asyncio.ensure_future(call.initial_metadata())
+        await until(lambda: served.open == 1)
+        await asyncio.sleep(SHORT)
+        assert not metadata.done()
+        proceed.set()
+        received = await receive(call)
+        await metadata
+    assert received.text == "hello"
 
 
 # --- back-pressure ----------------------------------------------------------------------
@@ -478,6 +551,45 @@ async def test_a_caller_that_never_reads_on_is_given_up_and_the_upstream_stops(
     assert (ended.code, ended.usage_estimated) == ("ABORTED", True)
     assert ended.completion_tokens >= len(received.text) // 4
     assert received.failure.metadata["completionTokens"] == str(ended.completion_tokens)
+
+
+# --- what is left -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_what_a_provider_says_is_left_is_told_to_the_keys(
+    start: Start, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    told: list[tuple[int | None, int | None]] = []
+    real = KeyRing.remaining
+
+    def remaining(
+        ring: KeyRing, lease: Lease, requests: int | None, tokens: int | None, now: float
+    ) -> None:
+        told.append((requests, tokens))
+        real(ring, lease, requests, tokens, now)
+
+    monkeypatch.setattr(KeyRing, "remaining", remaining)
+    headers = [
+        {"x-ratelimit-remaining-requests": "7", "x-ratelimit-remaining-tokens": "900"},
+        {"x-ratelimit-remaining-requests": "-1", "x-ratelimit-remaining-tokens": "some"},
+        {},
+    ]
+
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        fields = headers[len(served.asked) - 1]
+        if method == "Chat":
+            whole = completion()
+            whole.headers.update(fields)
+            return whole
+        body = chunk("hello", finish_reason="stop") + b"data: [DONE]\n\n"
+        return web.Response(body=body, content_type="text/event-stream", headers=fields)
+
+    async with provider(answer) as served:
+        gateway = await start(upstream(served.base_url))
+        for _ in headers:
+            await header_of(call_of(gateway, method))
+    assert told == [(7, 900), (None, None), (None, None)]
 
 
 # --- costs ------------------------------------------------------------------------------

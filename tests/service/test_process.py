@@ -229,7 +229,7 @@ async def test_with_keys_in_the_environment_any_model_goes_through_unchanged() -
     assert sorted(set(keys)) == sorted(SECRETS)
     assert all(one != other for one, other in itertools.pairwise(keys))
     organizations = [asked.headers["openai-organization"] for asked in served.asked]
-    assert organizations == ["org-a", "org-b", "org-a", "org-b", "org-a"]
+    assert organizations == ["org-a", "org-b", "org-b", "org-a", "org-a"]  # each with each key
     assert "Planted" not in "\n".join(gateway.lines)
     assert "SIMULATED" not in "\n".join(gateway.lines)
 

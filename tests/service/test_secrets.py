@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import io
 import json
 import logging
-from collections.abc import Iterator
+import urllib.parse
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
 import pytest
 from aiohttp import web
 
@@ -19,13 +23,15 @@ from harness import (
     completion,
     event_stream,
     failing,
+    failure_of,
     item_failure,
     provider,
+    raw_provider,
     receive,
     request,
     stream_request,
 )
-from tokenwire.v1 import chat_service_pb2
+from tokenwire.v1 import chat_service_pb2, model_service_pb2
 from tokenwire_service.cli import _serve_config
 from tokenwire_service.config import Config, Key, Retries, Upstream
 from tokenwire_service.keyring import KeyRing, Lease
@@ -188,6 +194,228 @@ async def test_an_error_within_a_stream_that_repeats_the_key_gives_it_to_nobody(
     assert received.failure.reason == "UPSTREAM_STREAM_INTERRUPTED"
     assert clean(received.failure.everything + str(received.failure.details))
     assert clean(log.text)
+
+
+# How an upstream may quote what it was sent, and what of that nobody may see.
+QUOTED: dict[str, Callable[[str], str]] = {
+    "as it is": lambda key: key,
+    "JSON within JSON": lambda key: json.dumps({"authorization": f"Bearer {key}"}),
+    "URL": lambda key: f"https://x/?key={urllib.parse.quote(key, safe='')}&a=b",
+    "base64, basic": lambda key: base64.b64encode(f"user:{key}".encode()).decode(),
+    "base64, bearer": lambda key: base64.urlsafe_b64encode(f"Bearer {key}\n".encode()).decode(),
+    "Python": lambda key: repr({"key": key}),
+    "cut off": lambda key: f"{key[:40]}...",
+}
+
+
+def unseen(quoted: str, text: str) -> bool:
+    """Whether a text shows nothing of a quoted key, but perhaps the characters at its ends that
+    hold bits of what stands beside it."""
+    inner = quoted[len(quoted) // 3 : 2 * len(quoted) // 3]
+    return clean(text) and inner not in text
+
+
+@pytest.mark.parametrize("place", ["message", "code", "type", "param"])
+@pytest.mark.parametrize("how", QUOTED)
+@pytest.mark.parametrize("status", [200, 400, 404, 500])
+async def test_a_key_in_disguise_is_given_to_nobody(
+    start: Start, log: Log, status: int, how: str, place: str
+) -> None:
+    said: list[str] = []
+
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        key = asked.headers["authorization"].removeprefix("Bearer ")
+        said.append(QUOTED[how](key))
+        body = {"error": {"message": "no", "code": "c"} | {place: said[-1]}}
+        if status == 200 and (await asked.json()).get("stream"):
+            events = b"event: error\ndata: " + json.dumps(body).encode() + b"\n\n"
+            return web.Response(body=events, content_type="text/event-stream")
+        return web.json_response(body, status=status)
+
+    async with provider(answer) as served:
+        gateway = await start(planted(served.base_url, *SECRETS, ODD), retries=QUICK)
+        for _ in range(3):  # each key has its turn
+            failures = [
+                await failing(gateway.chat.Chat(request(), timeout=20)),
+                await failing(gateway.chat.StreamChat(stream_request(request()), timeout=20)),
+            ]
+            for failure in failures:
+                told = failure.everything + str(failure.details) + failure.message
+                assert all(unseen(quoted, told) for quoted in said)
+    logged(gateway)
+    records = repr(gateway.events.attempts) + repr(gateway.events.calls) + log.text
+    assert all(unseen(quoted, records) for quoted in said)
+
+
+PARTS: dict[str, Callable[[str], list[bytes]]] = {
+    "two writes": lambda key: [
+        b'data: {"error": {"message": "' + key[:20].encode(),
+        key[20:].encode() + b'"}}\n\n',
+    ],
+    "two lines of one event": lambda key: [
+        b'data: {"error": {"message": "' + key[:20].encode() + b"\ndata: ",
+        key[20:].encode() + b'"}}\n\n',
+    ],
+    "two events": lambda key: [
+        b'data: {"error": {"message": "' + key[:20].encode() + b'"}}\n\n',
+        b'data: {"error": {"message": "' + key[20:].encode() + b'"}}\n\n',
+    ],
+    "the field that llama.cpp has": lambda key: [
+        b'error: {"code": 500, "message": "' + key.encode() + b'"}\n\n'
+    ],
+    "an id, an event name and a comment": lambda key: [
+        f": {key}\nid: {key}\nevent: {key}\ndata: {key}\n\n".encode()
+    ],
+}
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["before the first text", "after it"])
+@pytest.mark.parametrize("how", PARTS)
+async def test_a_key_in_pieces_of_a_stream_is_given_to_nobody(
+    start: Start, log: Log, how: str, begun: bool
+) -> None:
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        response = await event_stream(asked)
+        if begun:
+            await response.write(chunk("a beginning"))
+        for part in PARTS[how](asked.headers["authorization"].removeprefix("Bearer ")):
+            await response.write(part)
+            await asyncio.sleep(0.01)
+        return response
+
+    async with provider(answer) as served:
+        gateway = await start(planted(served.base_url), retries=QUICK)
+        received = await receive(gateway.chat.StreamChat(stream_request(request()), timeout=20))
+    logged(gateway)
+    assert received.failure is not None
+    assert clean(received.failure.everything + str(received.failure.details))
+    assert clean(repr(gateway.events.attempts) + repr(gateway.events.calls))
+    assert clean(log.text)
+
+
+HEADERS = (
+    *("content-type", "retry-after", "retry-after-ms", "x-should-retry", "location"),
+    *("x-ratelimit-remaining-requests", "x-ratelimit-reset-tokens", "set-cookie"),
+    *("www-authenticate", "server", "x-request-id"),
+)
+
+
+@pytest.mark.parametrize("status", [200, 302, 400, 401, 429, 500])
+async def test_a_key_in_the_headers_of_an_answer_is_given_to_nobody(
+    start: Start, log: Log, status: int
+) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        key = served.asked[-1].headers["authorization"].removeprefix("Bearer ")
+        lines = [f"HTTP/1.1 {status} {key}", *(f"{name}: {key}" for name in HEADERS)]
+        writer.write("\r\n".join([*lines, "content-length: 0", "", ""]).encode())
+
+    async with raw_provider(answer) as served:
+        gateway = await start(planted(served.base_url), retries=QUICK)
+        failures = [
+            await failing(gateway.chat.Chat(request(), timeout=0.9)),
+            await failing(gateway.chat.StreamChat(stream_request(request()), timeout=0.9)),
+        ]
+        listing = gateway.models.GetModel(model_service_pb2.GetModelRequest(name="m"), timeout=0.9)
+        failures.append(await failing(listing))
+    logged(gateway)
+    assert all(clean(f.everything + str(f.details)) for f in failures)
+    assert clean(repr(gateway.events.attempts) + repr(gateway.events.calls) + log.text)
+
+
+# Answers that make aiohttp raise errors which quote them.
+BROKEN_HTTP: dict[str, Callable[[str], str]] = {
+    "no status line": lambda key: f"{key} {key}\r\n\r\n",
+    "a broken header": lambda key: f"HTTP/1.1 200 OK\r\n{key}\r\n\r\n",
+    "a header with a control character": lambda key: f"HTTP/1.1 200 OK\r\nx: {key}\x00\r\n\r\n",
+    "a broken length": lambda key: f"HTTP/1.1 200 OK\r\ncontent-length: {key}\r\n\r\n",
+    "a broken chunk": lambda key: (
+        f"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n{key}\r\n{key}"
+    ),
+    "an unknown encoding": lambda key: (
+        f"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: {len(key)}\r\n\r\n{key}"
+    ),
+    "too long a header": lambda key: f"HTTP/1.1 200 OK\r\nx: {key * 2000}\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("how", BROKEN_HTTP)
+async def test_a_key_in_what_is_not_http_is_given_to_nobody(
+    start: Start, log: Log, how: str
+) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        key = served.asked[-1].headers["authorization"].removeprefix("Bearer ")
+        writer.write(BROKEN_HTTP[how](key).encode())
+
+    async with raw_provider(answer) as served:
+        gateway = await start(planted(served.base_url), retries=QUICK)
+        failures = [
+            await failing(gateway.chat.Chat(request(), timeout=20)),
+            await failing(gateway.chat.StreamChat(stream_request(request()), timeout=20)),
+            await failing(gateway.models.ListModels(model_service_pb2.ListModelsRequest())),
+        ]
+        assert len(served.asked) >= 3
+    logged(gateway)
+    assert {failure.code.name for failure in failures} == {"UNAVAILABLE"}
+    assert all(clean(f.everything + str(f.details)) for f in failures)
+    assert clean(repr(gateway.events.attempts) + repr(gateway.events.calls) + log.text)
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 404, 429, 500])
+async def test_a_key_in_the_error_of_a_model_list_is_given_to_nobody(
+    start: Start, log: Log, status: int
+) -> None:
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        key = asked.headers["authorization"]
+        return web.json_response(
+            {"error": {"message": key, "code": key}, "data": key}, status=status
+        )
+
+    async with provider(answer) as served:
+        gateway = await start(planted(served.base_url), retries=QUICK)
+        told = []
+        for call in (
+            gateway.models.ListModels(model_service_pb2.ListModelsRequest(), timeout=0.9),
+            gateway.models.GetModel(model_service_pb2.GetModelRequest(name="m"), timeout=0.9),
+        ):
+            try:
+                told.append(str(await call))
+            except grpc.aio.AioRpcError as error:
+                told.append(failure_of(error).everything)
+        assert served.asked
+    logged(gateway)
+    assert len(told) == 2
+    assert clean("".join(told))
+    assert clean(repr(gateway.events.attempts) + repr(gateway.events.calls) + log.text)
+
+
+async def test_an_organization_is_told_to_no_caller(start: Start, log: Log) -> None:
+    """It is no secret, but the operator's business."""
+
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        said = f"no such project in {asked.headers['openai-organization']}"
+        return web.json_response({"error": {"message": said, "param": said}}, status=400)
+
+    async with provider(answer) as served:
+        keys = (
+            Key(id="own", secret=Secret(SECRETS[0]), organization="org-NobodyMayKnow1"),
+            Key(id="any", secret=Secret(SECRETS[1])),
+        )
+        gateway = await start(
+            Upstream(
+                name="test",
+                base_url=served.base_url,
+                keys=keys,
+                organizations=("org-NobodyMayKnow2",),
+                passthrough=True,
+            )
+        )
+        failures = [await failing(gateway.chat.Chat(request())) for _ in keys]
+        sent = {asked.headers["openai-organization"] for asked in served.asked}
+        assert sent == {"org-NobodyMayKnow1", "org-NobodyMayKnow2"}
+    logged(gateway)
+    assert all("no such project in ***" in failure.message for failure in failures)
+    assert all(clean(failure.everything) for failure in failures)
+    assert clean(repr(gateway.events.attempts) + repr(gateway.events.calls) + log.text)
 
 
 async def test_the_trail_of_attempts_names_keys_by_their_ids(start: Start, log: Log) -> None:

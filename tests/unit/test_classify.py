@@ -164,6 +164,57 @@ CASES: dict[str, Case] = {
         "429",
         retry_after=39.0,
     ),
+    "Google: quota of a day, beside the rest of a minute": Case(
+        429,
+        google(
+            429,
+            "You exceeded your current quota. Please retry in 39.4s.",
+            {
+                "@type": "type.googleapis.com/google.rpc.QuotaFailure",
+                "violations": [
+                    {"quotaId": "GenerateRequestsPerDayPerProjectPerModel-FreeTier"},
+                ],
+            },
+            {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "39s"},
+        ),
+        Fault.DAILY_QUOTA,
+        "429",
+    ),
+    "Google: quota of a minute": Case(
+        429,
+        google(
+            429,
+            "You exceeded your current quota. Please retry in 39.4s.",
+            {
+                "@type": "type.googleapis.com/google.rpc.QuotaFailure",
+                "violations": [
+                    {"quotaId": "GenerateRequestsPerMinutePerProjectPerModel-FreeTier"},
+                ],
+            },
+            {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "39s"},
+        ),
+        Fault.RATE_LIMITED,
+        "429",
+        retry_after=39.0,
+    ),
+    "OpenRouter: quota of a day": Case(
+        429,
+        openai("Rate limit exceeded: free-models-per-day. Add 10 credits to unlock more", 429),
+        Fault.DAILY_QUOTA,
+        "429",
+    ),
+    "OpenAI: quota of a day that says when it opens": Case(
+        429,
+        openai(
+            "Rate limit reached for m on requests per day (RPD): Limit 200, Used 200, Requested 1. "
+            "Please try again in 7m12s.",
+            "rate_limit_exceeded",
+            "requests",
+        ),
+        Fault.RATE_LIMITED,
+        "rate_limit_exceeded",
+        retry_after=432.0,
+    ),
     "DashScope: throttle under the name of a quota": Case(
         429,
         {"code": "insufficient_quota", "message": "see ... #token-limit"},

@@ -102,7 +102,6 @@ def test_the_page_on_errors_has_a_verdict_for_every_fault(fault: Fault) -> None:
 CALLERS_OWN = {
     Fault.CONTEXT_TOO_LONG,
     Fault.CONTENT_FILTERED,
-    Fault.MODEL_NOT_FOUND,
     Fault.REFUSED,
     Fault.TOO_LARGE,
 }
@@ -111,8 +110,10 @@ KEYS_OWN = {
     Fault.ACCOUNT_DEAD: KeyAction.RETIRE_GROUP,
     Fault.ACCESS_DENIED: KeyAction.RETIRE_FOR_MODEL,
     Fault.RATE_LIMITED: KeyAction.COOL_GROUP,
+    Fault.DAILY_QUOTA: KeyAction.COOL_GROUP,
     Fault.QUOTA_EXHAUSTED: KeyAction.RETIRE_GROUP,
     Fault.OVERLOADED: KeyAction.COOL_UPSTREAM,
+    Fault.MODEL_NOT_FOUND: KeyAction.NOTE_MODEL,
 }
 
 
@@ -129,8 +130,8 @@ def test_only_faults_of_keys_change_keys(fault: Fault) -> None:
 
 @pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.value)
 def test_another_key_is_tried_where_the_key_was_to_blame(fault: Fault) -> None:
-    blamed = fault in KEYS_OWN and fault is not Fault.OVERLOADED
-    assert (VERDICTS[fault].request is RequestAction.OTHER_KEY) == blamed
+    blamed = set(KEYS_OWN) - {Fault.OVERLOADED, Fault.MODEL_NOT_FOUND}
+    assert (VERDICTS[fault].request is RequestAction.OTHER_KEY) == (fault in blamed)
 
 
 @pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.value)

@@ -17,7 +17,7 @@ from tokenwire.v1 import chat_pb2, chat_service_pb2, error_reason_pb2
 from tokenwire_service.admission import Admission
 from tokenwire_service.config import Config, Key, Limits, Model, Retries, Timeouts, Upstream
 from tokenwire_service.errors import Fault, GatewayError, UpstreamFault
-from tokenwire_service.gateway import Call, Gateway, estimate
+from tokenwire_service.gateway import Call, Gateway, estimate, proto_path
 from tokenwire_service.keyring import KeyRing, Lease, Unavailable
 from tokenwire_service.pool import Pool
 from tokenwire_service.retry import Backoff
@@ -252,9 +252,10 @@ FALLS_OVER = {
     Fault.ACCOUNT_DEAD: True,
     Fault.ACCESS_DENIED: True,
     Fault.RATE_LIMITED: True,
+    Fault.DAILY_QUOTA: True,
     Fault.QUOTA_EXHAUSTED: True,
     Fault.CREDIT_TOO_SMALL: True,
-    Fault.OVER_TIER: False,
+    Fault.OVER_TIER: True,
     Fault.OVERLOADED: True,
     Fault.SERVER_ERROR: True,
     Fault.UNREACHABLE: True,
@@ -845,3 +846,205 @@ def test_last_snapshots_do_not_hold_a_call_long_after_its_deadline() -> None:
         assert taken == 3
 
     run(main())
+
+
+# --- another key, where that may help ---------------------------------------------------
+
+FULL_GROUP = UpstreamFault(Fault.RATE_LIMITED, retry_after=5.0)
+
+
+def test_a_request_too_large_for_one_account_is_offered_to_another() -> None:
+    async def main() -> None:
+        of = world(a=[[Fault.OVER_TIER], ["hello"]])
+        assert [a.key_id for a in (await of.chat()).header.attempts] == ["k1", "k2"]
+        assert [a.key_id for a in (await of.chat()).header.attempts] == ["k1"], "no key is blamed"
+        of.at_rest()
+
+    run(main())
+
+
+def test_a_request_too_large_for_every_account_fails_after_one_offer_to_each() -> None:
+    async def main() -> None:
+        of = world(a=[[Fault.OVER_TIER]])
+        began = now()
+        error = await failure(of.chat())
+        assert (error.reason_name, error.metadata["attempts"]) == ("REQUEST_TOO_LARGE", "2")
+        assert not error.retry_helps
+        assert now() == began
+        of.at_rest()
+
+    run(main())
+
+
+def test_an_account_that_cools_is_not_waited_for_to_offer_it_what_is_too_large() -> None:
+    async def main() -> None:
+        of = world(a=[[FULL_GROUP], ["hello"], [Fault.OVER_TIER]])
+        await of.chat()
+        began = now()
+        error = await failure(of.chat())
+        assert error.reason_name == "REQUEST_TOO_LARGE"
+        assert not error.retry_helps
+        assert now() == began
+        of.at_rest()
+
+    run(main())
+
+
+def test_who_met_a_rate_limit_beyond_its_tier_waits_for_that_account_alone() -> None:
+    async def main() -> None:
+        of = world(a=[[Fault.OVER_TIER], [FULL_GROUP], ["hello"]])
+        began = now()
+        answered = await of.chat()
+        assert [a.key_id for a in answered.header.attempts] == ["k1", "k2", "k2"]
+        assert now() == began + 5.0
+        of.at_rest()
+
+    run(main())
+
+
+def test_a_model_that_one_key_lacks_is_answered_by_one_that_serves_it() -> None:
+    async def main() -> None:
+        of = world(a=[["hello"], [Fault.MODEL_NOT_FOUND], ["hello"]])
+        await of.chat()
+        assert [a.key_id for a in (await of.chat()).header.attempts] == ["k2", "k1"]
+        assert [a.key_id for a in (await of.chat()).header.attempts] == ["k1"]
+        of.at_rest()
+
+    run(main())
+
+
+def test_a_model_that_no_other_key_is_known_to_serve_is_not_asked_for_twice() -> None:
+    async def main() -> None:
+        of = world(a=[[Fault.MODEL_NOT_FOUND]])
+        for _ in range(3):
+            error = await failure(of.chat())
+            assert (error.reason_name, error.metadata["attempts"]) == ("MODEL_NOT_FOUND", "1")
+        assert {key for key, _ in of.providers["a"].asked} == {"k1", "k2"}, "no key is blamed"
+        of.at_rest()
+
+    run(main())
+
+
+# --- which timer it was -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("callers", "timer"), [(True, "deadline"), (False, "total")])
+@pytest.mark.parametrize("script", [[99.0, "late"], ["early", 99.0, "late"]])
+def test_an_error_names_the_timer_that_ended_the_call(
+    script: Script, callers: bool, timer: str
+) -> None:
+    async def main() -> None:
+        of = world(a=[script])
+        error = await failure(of.stream(of.call(seconds=5.0, callers=callers)))
+        assert error.metadata["timer"] == timer
+        of.at_rest()
+
+    run(main())
+
+
+def test_a_caller_who_does_not_read_is_told_by_which_timer() -> None:
+    async def main() -> None:
+        of = world(a=[["hello"]], timeouts=Timeouts(write=2.0))
+        error = await failure(of.stream(of.call(), pause=3.0))
+        assert (error.reason_name, error.metadata["timer"]) == ("CALLER_STALLED", "write")
+        of.at_rest()
+
+    run(main())
+
+
+# --- where the time went ----------------------------------------------------------------
+
+
+def test_each_attempt_is_recorded_with_its_number_and_what_it_waited_for() -> None:
+    async def main() -> None:
+        of = world(
+            a=[[Fault.SERVER_ERROR], [UpstreamFault(Fault.RATE_LIMITED, retry_after=3.0)]],
+            upstreams={"a": {"keys": (Key(id="k1", secret=Secret("secret-1")),)}},
+        )
+        call = of.call(seconds=4.0)
+        await failure(of.stream(call))
+        first, second, third = of.observer.attempts
+        assert [e.number for e in (first, second, third)] == [1, 2, 3]
+        assert [e.reason for e in (first, second)] == ["UPSTREAM_ERROR", "RATE_LIMITED"]
+        assert (first.key_seconds, second.key_seconds, third.key_seconds) == (0.0, 0.0, 3.0)
+        assert call.backoff_seconds == 0.25
+        assert not any(e.committed or e.first_token_seconds for e in of.observer.attempts)
+        of.at_rest()
+
+    run(main())
+
+
+def test_a_stream_is_recorded_with_its_first_token_and_what_it_cost() -> None:
+    async def main() -> None:
+        of = world(a=[[0.5, "12345678", 1.0, "1234", Fault.SERVER_ERROR]])
+        call = of.call()
+        await failure(of.stream(call))
+        (event,) = of.observer.attempts
+        assert event.committed
+        assert (event.first_token_seconds, event.seconds) == (0.5, 1.5)
+        assert (event.completion_tokens, event.usage_estimated) == (3, True)
+        assert call.first_token_at == call.started + 0.5
+        of.at_rest()
+
+    run(main())
+
+
+def test_a_call_knows_how_long_it_queued_also_if_it_was_refused_in_the_end() -> None:
+    async def main() -> None:
+        of = world(Limits(in_flight=1), a=[[2.0, "hello"]])
+        first, second, third = of.call(), of.call(), of.call(seconds=3.0)
+        running = [
+            asyncio.ensure_future(of.gateway.chat(first)),
+            asyncio.ensure_future(of.gateway.chat(second)),
+            asyncio.ensure_future(of.gateway.chat(third)),
+        ]
+        await asyncio.gather(*running, return_exceptions=True)
+        assert [c.queue_seconds for c in (first, second, third)] == [0.0, 2.0, 3.0]
+        of.at_rest()
+
+    run(main())
+
+
+# --- what an upstream calls a field -----------------------------------------------------
+
+PATHS = {
+    "temperature": "params.temperature",
+    "max_tokens": "params.max_completion_tokens",
+    "max_completion_tokens": "params.max_completion_tokens",
+    "n": "params.choice_count",
+    "stop": "params.stop",
+    "stop[4]": "params.stop[4]",
+    "stop.4": "params.stop[4]",
+    "logit_bias.50256": "params.logit_bias[50256]",
+    "user": "end_user_id",
+    "model": "model",
+    "messages": "messages",
+    "messages[0].role": "messages[0].role",
+    "messages.[0].role": "messages[0].role",
+    "messages.0.role": "messages[0].role",
+    "messages.[12].content.[3].image_url.url": "messages[12].parts[3]",
+    "messages[1].content": "messages[1].content",
+    "messages[1].tool_calls[0].function.arguments": (
+        "messages[1].tool_calls[0].function.arguments_json"
+    ),
+    "tools[0].parameters": "tools[0].function.parameters_schema_json",
+    "tools.0.function.parameters.properties": "tools[0].function.parameters_schema_json",
+    "tools[0].function.name": "tools[0].function.name",
+    "tool_choice": "tool_choice",
+    "response_format.json_schema.schema": "response_format.json_schema.schema_json",
+    "web_search_options": "extra_body_json",
+    "web_search_options.user_location": "extra_body_json",
+    "something else": "something else",
+    "": "",
+}
+
+
+@pytest.mark.parametrize("param", PATHS)
+def test_a_parameter_that_an_upstream_names_is_told_as_the_callers_own_field(param: str) -> None:
+    chat = chat_service_pb2.ChatRequest(extra_body_json='{"web_search_options": {}}')
+    assert proto_path(param, chat) == PATHS[param]
+
+
+def test_a_parameter_of_any_length_is_read_in_linear_time() -> None:
+    for unit in (".1", "[1]", ".content[1]", "messages", "]", ".function.arguments", "1"):
+        proto_path(unit * 200_000, chat_service_pb2.ChatRequest())

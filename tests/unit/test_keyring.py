@@ -81,6 +81,8 @@ class Ring(RuleBasedStateMachine):
         self.probe: dict[Hashable, Lease] = {}
         self.seen: dict[Lease, dict[Hashable, int]] = {}
         self.overloads: Counter[str] = Counter()
+        self.serves: set[tuple[str, str]] = set()  # (key, model) that has answered
+        self.uneven: set[str] = set()  # models that some key was found to lack
         self.outage = 0  # failures of the whole upstream in a row
         self.limited: set[tuple[str, str]] = set()  # groups whose concurrency is being found
 
@@ -123,6 +125,13 @@ class Ring(RuleBasedStateMachine):
         for key in self.KEYS:  # the least busy of those that are certainly open (I13)
             if self.may_be_full(key, model):
                 continue
+            if model in self.uneven and (key.id, model) not in self.serves:
+                continue  # only the next best
+            if model in self.uneven and (found.key.id, model) not in self.serves:
+                assert any(scope in self.soonest for scope in self.scopes(key, model)), (
+                    "a key that serves the model was passed over"
+                )
+                continue
             if not any(scope in self.soonest for scope in self.scopes(key, model)):
                 assert before[found.key.id] / found.key.weight <= before[key.id] / key.weight, (
                     "a busier key was chosen"
@@ -157,6 +166,7 @@ class Ring(RuleBasedStateMachine):
     def succeed(self, pick: int) -> None:
         held = self.live[pick % len(self.live)]
         self.ring.succeed(held)
+        self.serves.add((held.key.id, held.model))
         for scope, closings in self.seen[held].items():
             if self.closings[scope] == closings and scope in self.soonest:
                 del self.soonest[scope], self.latest[scope]
@@ -189,7 +199,8 @@ class Ring(RuleBasedStateMachine):
                 self.close("whole upstream", 1.0, 30.0)
         match VERDICTS[kind].key:
             case KeyAction.COOL_GROUP:
-                least, most = (1.0, 60.0) if asked is None else (asked, asked)
+                unstated = (CAP, CAP) if kind is Fault.DAILY_QUOTA else (1.0, 60.0)
+                least, most = unstated if asked is None else (asked, asked)
                 self.close(("GM", key.quota_group, model), least, most)
             case KeyAction.COOL_UPSTREAM:
                 self.overloads[model] += 1
@@ -201,6 +212,13 @@ class Ring(RuleBasedStateMachine):
                 self.close(("K", key.id), math.inf, math.inf)
             case KeyAction.RETIRE_FOR_MODEL:
                 self.close(("KM", key.id, model), CAP, CAP)
+            case KeyAction.NOTE_MODEL:
+                self.serves.discard((key.id, model))
+                elsewhere = {other for other, served in self.serves if served == model}
+                assert self.ring.served_elsewhere(held) == bool(elsewhere)
+                if elsewhere:
+                    self.uneven.add(model)
+                    self.close(("KM", key.id, model), CAP, CAP)
             case KeyAction.RETIRE_GROUP if kind is Fault.QUOTA_EXHAUSTED:
                 self.close(("G", key.quota_group), 300.0, CAP)
             case KeyAction.RETIRE_GROUP:
@@ -291,10 +309,145 @@ def test_organizations_take_turns_with_keys_that_have_none() -> None:
     assert paid == ["o1", "o2", "o3", "o1", "o2", "o3", "o1"]
 
 
+@pytest.mark.parametrize(("keys", "organizations"), [(2, 2), (4, 2), (2, 4), (3, 3), (6, 4)])
+def test_every_key_meets_every_organization_though_both_turns_run_in_step(
+    keys: int, organizations: int
+) -> None:
+    names = tuple(f"o{i}" for i in range(organizations))
+    of = ring(*keys_of(keys), organizations=names)
+    met: Counter[tuple[str, str | None]] = Counter()
+    for _ in range(5 * keys * organizations):
+        taken = lease(of)
+        met[taken.key.id, taken.organization] += 1
+        of.release(taken)
+    assert set(met.values()) == {5}
+    assert len(met) == keys * organizations
+
+
+def test_organizations_take_strict_turns_where_nothing_runs_in_step() -> None:
+    of = ring(*keys_of(2), organizations=("o1", "o2", "o3"))
+    assert [lease(of).organization for _ in range(9)] == ["o1", "o2", "o3"] * 3
+
+
 def test_the_organization_of_a_key_is_its_own() -> None:
     of = ring(Key(id="k", secret=Secret("s"), organization="own"), organizations=("o1", "o2"))
     assert [lease(of).organization for _ in range(3)] == ["own"] * 3
     assert lease(ring()).organization is None
+
+
+# --- who serves which model -------------------------------------------------------------
+
+
+def served(of: KeyRing, model: str = "m", now: float = 0.0) -> str:
+    """One request is answered; the id of its key."""
+    taken = lease(of, now, model)
+    of.succeed(taken)
+    of.release(taken)
+    return taken.key.id
+
+
+def test_a_model_that_nobody_is_known_to_serve_is_remembered_of_no_key() -> None:
+    of = ring()
+    for _ in range(6):
+        taken = lease(of)
+        assert not of.served_elsewhere(taken)
+        of.fail(taken, fault(Fault.MODEL_NOT_FOUND), 0.0)
+        of.release(taken)
+    assert {served(of) for _ in range(2)} == {"k0", "k1"}
+
+
+def test_a_key_that_lacks_a_model_is_not_asked_for_it_again_where_another_serves_it() -> None:
+    of = ring(*keys_of(3))
+    assert served(of) == "k0"
+    assert served(of, "other") == "k1"
+    assert meet(of, Fault.MODEL_NOT_FOUND, now=0.0) == "k2"
+    assert [served(of) for _ in range(4)] == ["k0"] * 4, "k1 is not known to serve it"
+    assert {served(of, "other") for _ in range(6)} == {"k0", "k1", "k2"}, "it lacks only the one"
+
+
+def test_a_key_that_may_lack_a_model_serves_where_no_better_one_can() -> None:
+    of = ring(*keys_of(3))
+    assert served(of) == "k0"
+    assert meet(of, Fault.MODEL_NOT_FOUND, now=0.0) == "k1"
+    assert meet(of, Fault.RATE_LIMITED, now=0.0, after=30.0) == "k0"
+    assert served(of) == "k2"
+    assert served(of, now=31.0) in {"k0", "k2"}
+
+
+def test_a_key_that_gets_the_model_later_serves_it_after_an_hour() -> None:
+    of = ring()
+    assert served(of) == "k0"
+    assert meet(of, Fault.MODEL_NOT_FOUND, now=0.0) == "k1"
+    assert meet(of, Fault.KEY_REJECTED, now=0.0) == "k0"
+    assert closed(of, now=1.0).fault is Fault.KEY_REJECTED, "what a caller hears first"
+    assert served(of, now=CAP + 1) == "k1"
+
+
+def test_a_model_that_its_provider_takes_away_is_told_to_callers_at_once() -> None:
+    of = ring()
+    assert {served(of), served(of)} == {"k0", "k1"}
+    first = meet(of, Fault.MODEL_NOT_FOUND, now=0.0)
+    assert {meet(of, Fault.MODEL_NOT_FOUND, now=0.0) for _ in range(3)} == {"k0", "k1"} - {first}
+
+
+def test_a_renewed_key_may_serve_what_it_lacked() -> None:
+    of = ring()
+    assert served(of) == "k0"
+    assert meet(of, Fault.MODEL_NOT_FOUND, now=0.0) == "k1"
+    k0, _ = of.keys
+    of.replace([k0, Key(id="k1", secret=Secret("renewed"))])
+    assert meet(of, Fault.RATE_LIMITED, now=0.0) == "k0"
+    assert served(of) == "k1"
+
+
+def test_the_quota_of_a_day_is_asked_for_again_after_an_hour_by_one() -> None:
+    of = ring(*keys_of(1))
+    meet(of, Fault.DAILY_QUOTA, now=0.0)
+    found = closed(of, now=CAP - 1)
+    assert (found.until, found.fault) == (CAP, Fault.DAILY_QUOTA)
+    lease(of, now=CAP)
+    closed(of, now=CAP)
+    lease(of, now=1.0, model="other")
+
+
+def test_a_quota_of_a_day_says_nothing_of_how_many_requests_at_once_are_borne() -> None:
+    of = ring(*keys_of(1))
+    leases = [lease(of) for _ in range(10)]
+    of.fail(leases[0], fault(Fault.DAILY_QUOTA, 1.0), 0.0)
+    for each in leases:
+        of.release(each)
+    served(of, now=2.0)
+    assert len([lease(of, now=2.0) for _ in range(10)]) == 10  # else one of them raises
+
+
+def test_groups_to_avoid_are_passed_over() -> None:
+    keys = keys_of(3)
+    of = ring(*keys)
+    avoid = frozenset({"k0", "k2"})
+    assert {
+        found.key.id
+        for _ in range(4)
+        if isinstance(found := of.lease("m", 0.0, avoid=avoid), Lease)
+    } == {"k1"}
+    nothing = of.lease("m", 0.0, avoid=avoid | {"k1"})
+    assert isinstance(nothing, Unavailable)
+    assert not nothing.worth_waiting(math.inf)
+
+
+# --- what the provider says is left -----------------------------------------------------
+
+
+def test_tokens_that_are_left_count_as_the_requests_they_are_enough_for() -> None:
+    of = ring(*keys_of(1))
+    first = lease(of)
+    of.remaining(first, None, 100, 0.0)
+    assert isinstance(of.lease("m", 0.0), Lease), "nobody knows yet what one costs"
+    of.settle(first, 1000)
+    second = lease(of)  # the third under way
+    of.remaining(second, 50, 2500, 0.0)  # enough for two more
+    assert [isinstance(of.lease("m", 0.0), Lease) for _ in range(3)] == [True, True, False]
+    of.remaining(second, 1, 1_000_000, 0.0)
+    closed(of, now=0.0)
 
 
 def test_a_ring_without_keys_never_serves() -> None:

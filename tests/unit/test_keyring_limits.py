@@ -272,6 +272,7 @@ OPENS_THE_BREAKER = {
     Fault.ACCOUNT_DEAD: False,
     Fault.ACCESS_DENIED: False,
     Fault.RATE_LIMITED: False,
+    Fault.DAILY_QUOTA: False,
     Fault.QUOTA_EXHAUSTED: False,
     Fault.CREDIT_TOO_SMALL: False,
     Fault.OVER_TIER: False,

@@ -30,11 +30,9 @@ class Ring(KeyRing):
 
     asked = 0
 
-    def lease(
-        self, model: str, now: float, *, sticky: str = "", tokens: int = 0
-    ) -> Lease | Unavailable:
+    def lease(self, model: str, now: float, **needs: Any) -> Lease | Unavailable:
         self.asked += 1
-        return super().lease(model, now, sticky=sticky, tokens=tokens)
+        return super().lease(model, now, **needs)
 
 
 def key(name: str = "k", secret: str = "s", **limits: Any) -> Key:

@@ -3,8 +3,10 @@
 import io
 import json
 import logging
+import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +23,23 @@ from tokenwire_service.telemetry import (
     log_scrubber,
 )
 
-ATTEMPT = AttemptEvent("r1", "openai", "m", "k1", 429, "rate_limited", "slow_down", 0.123456)
+ROOT = Path(__file__).resolve().parents[2]
+
+ATTEMPT = AttemptEvent(
+    "r1",
+    "openai",
+    "m",
+    "k1",
+    429,
+    "rate_limited",
+    "slow_down",
+    0.123456,
+    number=2,
+    reason="RATE_LIMITED",
+    key_seconds=1.5,
+    first_byte_seconds=0.25,
+    first_token_seconds=0.5,
+)
 CALL = CallEvent("r1", "tokenwire.v1.ChatService/Chat", "OK", "", "", "m", 1, 7, 9, False, 1.5)
 
 
@@ -158,6 +176,22 @@ def test_what_libraries_warn_of_goes_the_same_way(log: io.StringIO) -> None:
 
 
 # --- events -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "title"), [(AttemptEvent, "attempt"), (CallEvent, "call")])
+def test_the_page_on_events_tells_every_field(
+    kind: type[AttemptEvent | CallEvent], title: str
+) -> None:
+    page = (ROOT / "docs/events.md").read_text(encoding="utf-8")
+    part = page.partition(f"## {title}\n")[2].partition("## ")[0]
+    told = re.findall(r"`(\w+)`", "".join(re.findall(r"^\|([^|]*)\|", part, re.MULTILINE)))
+    assert sorted(told) == sorted(each.name for each in fields(kind))
+
+
+@pytest.mark.parametrize("event", [ATTEMPT, CALL])
+def test_what_was_recorded_does_not_change(event: AttemptEvent | CallEvent) -> None:
+    with pytest.raises(FrozenInstanceError):
+        event.seconds = 0.0  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

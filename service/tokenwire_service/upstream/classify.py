@@ -123,6 +123,7 @@ _TEXTS: tuple[tuple[frozenset[int], re.Pattern[str], Fault], ...] = (
     (frozenset({402}), re.compile(r"can only afford"), Fault.CREDIT_TOO_SMALL),  # OpenRouter
     # Azure, when one request alone exceeds the deployment's rate, whatever it has left.
     (frozenset({429}), re.compile(r"retry after 86400 seconds"), Fault.OVER_TIER),
+    (frozenset({429}), re.compile(r"free-models-per-day"), Fault.DAILY_QUOTA),  # OpenRouter
     (frozenset({429}), re.compile(r"capacity exceeded"), Fault.OVERLOADED),  # Mistral
     (frozenset({429}), re.compile(r"engine is currently overloaded"), Fault.OVERLOADED),  # Moonshot
     (
@@ -188,6 +189,9 @@ def classify_payload(
     retry_after = None if fault is Fault.OVER_TIER else retry_delay(headers, message, now)
     if fault is Fault.RATE_LIMITED and retry_after is None:
         retry_after = _google_retry_info(error)
+    if fault is Fault.RATE_LIMITED and _is_googles_day(error):
+        # Its RetryInfo is the rest of a minute: that is when its other limits would be reset.
+        fault, retry_after = Fault.DAILY_QUOTA, retry_delay(headers, now=now)
     return UpstreamFault(
         fault,
         message=message,
@@ -276,9 +280,10 @@ def retry_delay(
     """Seconds to wait as the upstream asks, None when it says nothing usable.
 
     retry-after-ms, then retry-after (seconds or an HTTP date), then the reset of the dimension
-    whose remaining is 0, then "try again in 9m38.016s". Zero and negative values are unusable:
-    one real Azure 429 carries `retry-after-ms: 0` beside `retry-after: 1`. Azure's bare-integer
-    resets are ms in one recording and s in another, so only values with a unit count.
+    whose remaining is 0 (the later one of two), then "try again in 9m38.016s". Zero and negative
+    values are unusable: one real Azure 429 carries `retry-after-ms: 0` beside `retry-after: 1`.
+    Azure's bare-integer resets are ms in one recording and s in another, so only values with a
+    unit count.
     """
     if (ms := _positive(headers.get("retry-after-ms"))) is not None:
         return ms / 1000
@@ -287,11 +292,13 @@ def retry_delay(
             return seconds
         if (date := _http_date(value)) is not None and date > now():
             return date - now()
-    for dimension in ("requests", "tokens"):
-        if headers.get(f"x-ratelimit-remaining-{dimension}") == "0":
-            delay = go_duration(headers.get(f"x-ratelimit-reset-{dimension}", ""))
-            if delay:
-                return delay
+    resets = [
+        go_duration(headers.get(f"x-ratelimit-reset-{dimension}", "")) or 0.0
+        for dimension in ("requests", "tokens")
+        if headers.get(f"x-ratelimit-remaining-{dimension}") == "0"
+    ]
+    if any(resets):
+        return max(resets)
     if found := _TRY_AGAIN.search(message):
         delay = go_duration(re.sub(r" seconds?", "s", found[1]))
         if delay and delay < _ONE_DAY:  # Azure once said 86400 for a per-minute limit
@@ -323,6 +330,17 @@ def _http_date(text: str) -> float | None:
         return email.utils.parsedate_to_datetime(text).timestamp()
     except (ValueError, TypeError, OverflowError):
         return None
+
+
+def _is_googles_day(error: Mapping[str, Any]) -> bool:
+    """Whether a quota of a whole day is used up: its quotaId says so."""
+    details = error.get("details")
+    for detail in details if isinstance(details, list) else ():
+        violations = detail.get("violations") if isinstance(detail, dict) else None
+        for violation in violations if isinstance(violations, list) else ():
+            if isinstance(violation, dict) and "PerDay" in _text(violation.get("quotaId")):
+                return True
+    return False
 
 
 def _google_retry_info(error: Mapping[str, Any]) -> float | None:

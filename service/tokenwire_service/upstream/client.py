@@ -1,8 +1,9 @@
 """One attempt at one upstream with one key, over aiohttp: the only module that opens a socket.
 
-Timers: connect, first byte (until the first event or the whole plain answer begins), idle
-(between events; comments and blank lines are no progress). Each raises UpstreamFault(TIMEOUT)
-and is this module's own; the call's deadline is the gateway's, around the whole attempt.
+Timers: connect, first byte (until the first text of a stream, or until the whole plain answer
+begins), idle (between events; comments and blank lines are no progress). Each raises an
+UpstreamFault and is this module's own; the call's deadline is the gateway's, around the whole
+attempt.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from yarl import URL
 
 from tokenwire.v1 import chat_pb2, chat_service_pb2, model_service_pb2
 from tokenwire_service.config import Limits, Upstream
-from tokenwire_service.errors import Fault, UpstreamFault
+from tokenwire_service.errors import TIMER, Fault, UpstreamFault
 from tokenwire_service.keyring import Lease
 from tokenwire_service.upstream import sse
 from tokenwire_service.upstream.dialect import Dialect, Encoded, Route, StreamDecoder
@@ -37,12 +38,15 @@ _DRAIN_SECONDS = 0.05  # to read the last chunk's end after [DONE], so that the 
 
 @dataclass
 class Progress:
-    """What an attempt has seen so far; filled while it runs, read when it failed."""
+    """What an attempt has seen so far; filled while it runs, read when it failed. `fresh` is set
+    before: a connection of its own is made for it."""
 
+    fresh: bool = False
     http_status: int = 0
     first_byte_at: float = 0.0
     reused_connection: bool = False
     remaining_requests: int | None = None  # in the provider's window, if it says
+    remaining_tokens: int | None = None
     usage: chat_pb2.Usage | None = None
 
 
@@ -63,13 +67,15 @@ class UpstreamClient:
         self._now = now
         self._base = upstream.base_url.rstrip("/")
         self._session: aiohttp.ClientSession | None = None
+        self._fresh: aiohttp.ClientSession | None = None  # which keeps no connections
         self.open_answers = 0  # responses not yet closed
 
     async def close(self) -> None:
         """Closes every connection."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        for session in (self._session, self._fresh):
+            if session is not None:
+                await session.close()
+        self._session = self._fresh = None
 
     async def fetch(
         self, encoded: Encoded, lease: Lease, progress: Progress
@@ -122,7 +128,7 @@ class UpstreamClient:
         try:
             try:
                 async with asyncio.timeout(timeouts.first_byte):
-                    response = await self._connected().request(
+                    response = await self._connected(progress.fresh).request(
                         "POST" if encoded.body else "GET",
                         URL(self._base + encoded.path, encoded=True),
                         data=encoded.body or None,
@@ -134,9 +140,8 @@ class UpstreamClient:
                     self.open_answers += 1
                     progress.http_status = response.status
                     progress.first_byte_at = self._now()
-                    remaining = response.headers.get("x-ratelimit-remaining-requests", "")
-                    if remaining.isascii() and remaining.isdigit():
-                        progress.remaining_requests = int(remaining[:12])
+                    progress.remaining_requests = _remaining(response, "requests")
+                    progress.remaining_tokens = _remaining(response, "tokens")
                     if response.status != 200:
                         raise await self._refusal(encoded.dialect, response)
                     kind = response.content_type
@@ -146,11 +151,15 @@ class UpstreamClient:
                         )
             except aiohttp.ConnectionTimeoutError:
                 raise UpstreamFault(
-                    Fault.UNREACHABLE, f"no connection within {timeouts.connect:g} s"
+                    Fault.UNREACHABLE,
+                    f"no connection within {timeouts.connect:g} s",
+                    facts={TIMER: "connect"},
                 ) from None
             except TimeoutError:
                 raise UpstreamFault(
-                    Fault.TIMEOUT, f"no answer within {timeouts.first_byte:g} s"
+                    Fault.TIMEOUT,
+                    f"no answer within {timeouts.first_byte:g} s",
+                    facts={TIMER: "first_byte"},
                 ) from None
             try:
                 yield response
@@ -215,7 +224,9 @@ class UpstreamClient:
                     piece = await response.content.readany()
             except TimeoutError:
                 raise UpstreamFault(
-                    Fault.TIMEOUT, f"silent for {idle:g} s within the answer"
+                    Fault.TIMEOUT,
+                    f"silent for {idle:g} s within the answer",
+                    facts={TIMER: "idle"},
                 ) from None
             if not piece:
                 return b"".join(pieces)
@@ -224,22 +235,28 @@ class UpstreamClient:
                 raise UpstreamFault(Fault.PROTOCOL, f"the answer exceeds {limit} bytes")
             pieces.append(piece)
 
-    def _connected(self) -> aiohttp.ClientSession:
-        """The session, made on first use because it belongs to the running event loop."""
-        if self._session is None:
-            trace = aiohttp.TraceConfig()
-            trace.on_connection_reuseconn.append(_note_reuse)
-            self._session = aiohttp.ClientSession(
-                # limit 0 is none: the upstream's slots bound the connections.
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_SECONDS),
-                cookie_jar=aiohttp.DummyCookieJar(),  # one tenant's cookies never reach another
-                timeout=aiohttp.ClientTimeout(total=None, connect=self.upstream.timeouts.connect),
-                trust_env=False,
-                trace_configs=[trace],
-                headers={"User-Agent": "tokenwire"},
-                max_field_size=64 * 1024,
-            )
+    def _connected(self, fresh: bool) -> aiohttp.ClientSession:
+        """The session, made on first use because it belongs to the running event loop. Where one
+        connection has died while idle, so have perhaps all others: a fresh one is none of them."""
+        if fresh:
+            self._fresh = self._fresh or self._new_session(force_close=True)
+            return self._fresh
+        self._session = self._session or self._new_session(keepalive_timeout=_KEEPALIVE_SECONDS)
         return self._session
+
+    def _new_session(self, **connections: Any) -> aiohttp.ClientSession:
+        trace = aiohttp.TraceConfig()
+        trace.on_connection_reuseconn.append(_note_reuse)
+        return aiohttp.ClientSession(
+            # limit 0 is none: the upstream's slots bound the connections.
+            connector=aiohttp.TCPConnector(limit=0, **connections),
+            cookie_jar=aiohttp.DummyCookieJar(),  # one tenant's cookies never reach another
+            timeout=aiohttp.ClientTimeout(total=None, connect=self.upstream.timeouts.connect),
+            trust_env=False,
+            trace_configs=[trace],
+            headers={"User-Agent": "tokenwire"},
+            max_field_size=64 * 1024,
+        )
 
 
 class Answer:
@@ -262,7 +279,7 @@ class Answer:
         self._now = now
         self._idle = idle
         self._silent_at = now() + first_byte  # when silence becomes a fault
-        self._heard = False
+        self._begun = False  # a first piece of text has come: a role alone may come for ever
         self._fault: UpstreamFault | None = None  # met behind events that were still good
 
     @property
@@ -283,8 +300,9 @@ class Answer:
             except TimeoutError:
                 # Not by the clock: a loop's timers may run a moment early.
                 if until == self._silent_at:
-                    what = f"silent for {self._idle:g} s" if self._heard else "no event in time"
-                    raise UpstreamFault(Fault.TIMEOUT, what) from None
+                    what = f"silent for {self._idle:g} s" if self._begun else "no text in time"
+                    timer = "idle" if self._begun else "first_byte"
+                    raise UpstreamFault(Fault.TIMEOUT, what, facts={TIMER: timer}) from None
                 return []
             if not chunk:
                 break
@@ -293,15 +311,15 @@ class Answer:
             except sse.EventTooLarge as error:
                 events = error.events
                 self._fault = UpstreamFault(Fault.PROTOCOL, str(error))
-            if any(event.data.strip() for event in events):  # else they only keep it alive
-                self._heard = True
-                self._silent_at = self._now() + self._idle
             decoded: list[chat_service_pb2.StreamChatResponse] = []
             try:
                 for event in events:
                     decoded += self._decoder.feed(event)
             except UpstreamFault as fault:
                 self._fault = fault
+            self._begun = self._begun or any(each.HasField("delta") for each in decoded)
+            if self._begun and any(event.data.strip() for event in events):
+                self._silent_at = self._now() + self._idle  # else they only keep it alive
             if decoded:
                 self._size = 0
                 return decoded
@@ -330,6 +348,12 @@ async def _note_reuse(
     _session: aiohttp.ClientSession, context: SimpleNamespace, _params: Any
 ) -> None:
     context.trace_request_ctx.reused_connection = True
+
+
+def _remaining(response: aiohttp.ClientResponse, dimension: str) -> int | None:
+    """What the provider says is left of its window; None if it does not."""
+    text = response.headers.get(f"x-ratelimit-remaining-{dimension}", "")
+    return int(text[:12]) if text.isascii() and text.isdigit() else None
 
 
 def _kind(error: BaseException) -> str:
