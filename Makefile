@@ -128,6 +128,15 @@ test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete ## Run every te
 compatibility: $(BIN)/.complete ## Write docs/compatibility.md from ../shared/corpus
 	@PYTHONPATH=tests $(BIN)/python -m corpus.compatibility
 
+.PHONY: token-accuracy
+token-accuracy: $(BIN)/.complete ## Write docs/tokenizers.md: counts beside those of ../shared/corpus
+	@PYTHONPATH=tests $(BIN)/python -m corpus.token_accuracy
+
+
+.PHONY: fuzz
+fuzz: $(BIN)/.complete ## Fuzz what reads upstreams' bytes (FUZZ_SECONDS=600 for each target)
+	@PYTHONPATH=tests $(BIN)/python -m fuzz.campaign $(or $(FUZZ_SECONDS),600)
+
 # --- use ----------------------------------------------------------------------------
 
 .PHONY: demo

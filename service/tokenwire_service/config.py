@@ -353,6 +353,7 @@ class _Loading:
             self._check_fallbacks(model, place, config)
             self._check_tokens(model, place)
             self._check_roles(model, (*place, "role_templates"))
+            model = self._with_tokenizer_file(model, place)
             if upstream := upstreams.get(model.upstream):
                 unsupported = upstream.unsupported_parameters
                 if unsupported is None:
@@ -385,6 +386,27 @@ class _Loading:
             expected = f"no more than the model's max_completion_tokens, {cap}"
             where = (*place, "defaults", "max_completion_tokens")
             self._reader.problem(where, str(default), expected)
+
+    def _with_tokenizer_file(self, model: Model, place: Place) -> Model:
+        """The model with the file that its tokenizer was read from, as a trial."""
+        if model.tokenizer_file is None or self._path is None:
+            return model
+        if model.tokenizer is not None:
+            where = (*place, "tokenizer_file")
+            self._reader.problem(where, "both tokenizer and tokenizer_file", "one of them")
+            return model
+        # Not loaded for every command: tokenizers take a while.
+        from tokenwire_service.encodings import EncodingError, load_sentencepiece
+
+        path = self._path.parent / model.tokenizer_file
+        try:
+            load_sentencepiece(path)
+        except EncodingError as error:
+            got = f"{quoted(model.tokenizer_file)}, which is {error}"
+            expected = "a sentencepiece model, such as tokenizer.model"
+            self._reader.problem((*place, "tokenizer_file"), got, expected)
+            return model
+        return msgspec.structs.replace(model, tokenizer_file=str(path))
 
     def _check_roles(self, model: Model, place: Place) -> None:
         fallbacks: dict[str, tuple[str, Place]] = {}

@@ -182,6 +182,7 @@ CODES: Mapping[Reason, int] = {
     reasons.ERROR_REASON_CANCELLED: code_pb2.CANCELLED,
     reasons.ERROR_REASON_INTERNAL: code_pb2.INTERNAL,
     reasons.ERROR_REASON_CALLER_STALLED: code_pb2.ABORTED,
+    reasons.ERROR_REASON_TOKENIZER_UNAVAILABLE: code_pb2.FAILED_PRECONDITION,
 }
 
 

@@ -44,13 +44,14 @@ from tokenwire_service.keyring import (
     Lease,
     Unavailable,
 )
+from tokenwire_service.layouts import UNKNOWN, as_written, lay
 from tokenwire_service.pool import Pool
 from tokenwire_service.relay import HEARTBEAT_SECONDS, Outbox, Write
 from tokenwire_service.retry import Backoff, RetryBudget
 from tokenwire_service.secret import Scrubber, Secret
 from tokenwire_service.stops import StopFilter, cut_at
 from tokenwire_service.telemetry import ABANDONED, AttemptEvent, Observer
-from tokenwire_service.tokens import layout
+from tokenwire_service.tokens import tokenizer_for
 from tokenwire_service.upstream.client import Progress
 from tokenwire_service.upstream.dialect import Encoded, Route
 
@@ -393,7 +394,7 @@ class Gateway:
             context_window_tokens=model.context_window_tokens or 0,
             max_completion_tokens=model.max_completion_tokens or 0,
             capabilities=model.capabilities,
-            tokenizer=model.tokenizer or "",
+            tokenizer=tokenizer_for(model.upstream_model, model).name,
         )
 
     # --- attempts -----------------------------------------------------------------------
@@ -763,8 +764,8 @@ def _since(began: float, at: float | None) -> float | None:
 def estimate(chat: chat_service_pb2.ChatRequest, delivered_bytes: int) -> chat_pb2.Usage:
     """Usage of an answer whose upstream never said it: by bytes of text, marked as estimated.
     Four bytes a token is OpenAI's own rule of thumb for English; it is near for others."""
-    texts, overhead = layout(chat)
-    prompt = overhead + sum(len(text.encode()) for text in texts) // _BYTES_PER_TOKEN
+    laid = lay(UNKNOWN, chat, as_written(chat))
+    prompt = laid.between + sum(len(text.encode()) for text in laid.texts) // _BYTES_PER_TOKEN
     completion = -(-delivered_bytes // _BYTES_PER_TOKEN)
     return chat_pb2.Usage(
         prompt_tokens=prompt,

@@ -24,7 +24,8 @@ from tokenwire_service.interceptors import (
     internal_error,
     rpc_status,
 )
-from tokenwire_service.tokens import TokenCounter, Tokenizer, tokenizer_for
+from tokenwire_service.tokens import TokenCounter, tokenizer_for
+from tokenwire_service.upstream.request import turns
 from tokenwire_service.validation import check
 
 _DEFAULT_PAGE = 100
@@ -159,13 +160,19 @@ class TokenizerServicer:
         context.model = request.model
         check(request)
         context.tenant.check(request.model)
-        tokenizer = self._tokenizer(request.model)
+        route = self._gateway.route(request.model)
+        tokenizer = tokenizer_for(route.model_name, route.model)
         if request.WhichOneof("input") == "text":
             total = await self._counter.count_text(tokenizer, request.text)
             exact = tokenizer.exact
         else:
-            total = await self._counter.count_chat(tokenizer, request.chat)
-            exact = False
+            try:
+                seen = turns(request.chat, route)
+            except GatewayError as error:
+                raise _under("chat.", error) from None
+            total, exact = await self._counter.count_chat(tokenizer, request.chat, seen)
+            # A default of the model's may change the prompt, as thinking does.
+            exact = exact and (route.model is None or not route.model.defaults.ListFields())
         return tokenizer_service_pb2.CountTokensResponse(
             total_tokens=total, tokenizer=tokenizer.name, exact=exact
         )
@@ -177,14 +184,10 @@ class TokenizerServicer:
         context.model = request.model
         check(request)
         context.tenant.check(request.model)
-        tokenizer = self._tokenizer(request.model)
+        route = self._gateway.route(request.model)
+        tokenizer = tokenizer_for(route.model_name, route.model)
         lists = await self._counter.tokenize(tokenizer, list(request.texts))
         return tokenizer_service_pb2.TokenizeResponse(lists=lists, tokenizer=tokenizer.name)
-
-    def _tokenizer(self, name: str) -> Tokenizer:
-        route = self._gateway.route(name)
-        configured = route.model.tokenizer if route.model is not None else None
-        return tokenizer_for(route.model_name, configured)
 
 
 class ModelServicer:

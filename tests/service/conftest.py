@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Callable, Mapping
 import pytest
 import uvloop
 
-from tokenwire_service import tokens
+from tokenwire_service import encodings
 
 _HANGS_AFTER = 60.0  # seconds
-_load_once = functools.cache(tokens.load_encoding)
+_load_once = functools.cache(encodings.load)
 
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
@@ -23,7 +23,7 @@ def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.Abstrac
 @pytest.fixture(autouse=True)
 def encodings_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each takes half a second, and never changes."""
-    monkeypatch.setattr(tokens, "load_encoding", _load_once)
+    monkeypatch.setattr(encodings, "load", _load_once)
 
 
 @pytest.fixture(autouse=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+import sentencepiece
 from aiohttp import web
 
 from harness import (
@@ -17,9 +19,12 @@ from harness import (
     provider,
     request,
     stream_request,
+    until,
     upstream,
 )
 from tokenwire.v1 import chat_service_pb2, model_service_pb2, tokenizer_service_pb2
+from tokenwire.v1.chat_pb2 import RoleTemplate
+from tokenwire_service import encodings
 from tokenwire_service.config import Limits, Model, Retries
 from tokenwire_service.simulator import Simulator
 
@@ -54,7 +59,11 @@ async def test_tokens_of_a_text_are_counted_and_listed_alike(
     [
         ("gpt-4o", "o200k_base", True),
         ("gpt-4", "cl100k_base", True),
-        ("qwen-max", "o200k_base", False),
+        ("qwen-max", "qwen", False),
+        ("qwen3-32b", "qwen", True),
+        ("text-davinci-003", "p50k_base", True),
+        ("gpt-oss-120b", "o200k_harmony", True),
+        ("claude-haiku-4.5", "o200k_base", False),
         ("house", "cl100k_base", True),
         ("old-house", "cl100k_base", True),
     ],
@@ -80,9 +89,13 @@ async def test_tokens_of_a_call_grow_with_each_part_of_it(
         if step == 2:
             chat.tools.add().function.name = "get_weather"
         if step == 3:
-            chat.tools[0].function.parameters_schema_json = '{"type": "object"}'
+            chat.tools[
+                0
+            ].function.parameters_schema_json = (
+                '{"type": "object", "properties": {"city": {"type": "string"}}}'
+            )
         counted = await gateway.tokens.CountTokens(Count(model="gpt-4o", chat=chat))
-        assert not counted.exact
+        assert counted.exact == (step < 2)  # how tools are written was never published
         totals.append(counted.total_tokens)
     assert totals[0] == 11  # 3 of the reply, 3 of the message, "user", and 4 of the text
     assert totals == sorted(set(totals))
@@ -103,14 +116,153 @@ async def test_a_text_beyond_the_limit_is_refused(start: Start, simulator: Simul
     assert fits.total_tokens > 0
 
 
-async def test_a_text_the_tokenizer_breaks_on_is_the_callers_matter(
+async def test_a_million_blanks_and_special_tokens_are_ordinary_text(
     start: Start, simulator: Simulated
 ) -> None:
     gateway = await start(upstream(simulator[1]))
-    failure = await failing(gateway.tokens.CountTokens(Count(model="gpt-4o", text=" " * 1_000_000)))
-    assert failure.code is grpc.StatusCode.INVALID_ARGUMENT
-    assert set(failure.fields) == {"text"}
-    assert (await gateway.tokens.CountTokens(Count(model="gpt-4o", text="x"))).total_tokens == 1
+    for model in ("gpt-4", "qwen3"):
+        text = "x<|endoftext|>" + " " * 1_000_000 + "<|im_start|>"
+        counted = await gateway.tokens.CountTokens(Count(model=model, text=text), timeout=50)
+        split = await gateway.tokens.Tokenize(Tokenize(model=model, texts=[text]), timeout=50)
+        assert b"".join(split.lists[0].pieces).decode() == text
+        assert counted.total_tokens == len(split.lists[0].ids)
+        assert counted.exact
+
+
+async def test_a_caller_who_leaves_frees_the_line_for_others(
+    start: Start, simulator: Simulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = []
+    encode = encodings.BytePairs.encode
+
+    def counting(self: encodings.BytePairs, chunk: encodings.Chunk) -> list[int]:
+        encoded.append(len(chunk.text))
+        return encode(self, chunk)
+
+    monkeypatch.setattr(encodings.BytePairs, "encode", counting)
+    gateway = await start(upstream(simulator[1]), limits=Limits(tokenizer_bytes=64 << 20))
+    text = "All work and no play makes Jack a dull boy. " * 200_000
+    gone = [gateway.tokens.CountTokens(Count(model="gpt-4o", text=text)) for _ in range(3)]
+    await until(lambda: len(encoded) > 3)
+    for call in gone:
+        call.cancel()
+    short = gateway.tokens.CountTokens(Count(model="gpt-4o", text="x"), timeout=50)
+    assert (await short).total_tokens == 1
+    for call in gone:
+        assert await call.code() is grpc.StatusCode.CANCELLED
+    assert sum(encoded) < len(text), "hardly any of what nobody waits for was done"
+
+
+async def test_one_huge_word_delays_no_other_count(start: Start, simulator: Simulated) -> None:
+    gateway = await start(upstream(simulator[1]))
+    await gateway.tokens.CountTokens(Count(model="gpt-4o", text="x"))  # loaded
+    huge = gateway.tokens.CountTokens(Count(model="gpt-4o", text="a" * 3_000_000))
+    await asyncio.sleep(0.1)
+    for _ in range(5):
+        await gateway.tokens.CountTokens(Count(model="gpt-4o", text="a short text"), timeout=5)
+    assert not huge.done()
+    huge.cancel()
+
+
+async def test_chats_are_answered_while_texts_of_every_kind_are_counted(
+    start: Start, simulator: Simulated
+) -> None:
+    gateway = await start(upstream(simulator[1]))
+    for model in ("gpt-4o", "qwen3"):
+        await gateway.tokens.CountTokens(Count(model=model, text="x"))  # loaded
+    texts = ["words and words " * 20_000, "a" * 200_000, " " * 300_000, "e\u0301" * 100_000]
+    counts = [
+        asyncio.ensure_future(
+            asyncio.wait_for(gateway.tokens.CountTokens(Count(model=model, text=text)), 50)
+        )
+        for model in ("gpt-4o", "qwen3")
+        for text in texts
+    ]
+    answered = 0
+    while not all(count.done() for count in counts):
+        await gateway.chat.Chat(request())
+        answered += 1
+    assert [(await count).total_tokens > 1000 for count in counts] == [True] * 8
+    assert answered >= 10
+
+
+async def test_a_tokenizer_that_cannot_be_loaded_is_the_operators_matter(
+    start: Start, simulator: Simulated, tmp_path: Path
+) -> None:
+    gone = Model(name="house", upstream="test", tokenizer_file=str(tmp_path / "tokenizer.model"))
+    gateway = await start(upstream(simulator[1]), models=(gone,))
+    failure = await failing(gateway.tokens.CountTokens(Count(model="house", text="x")))
+    assert failure.code is grpc.StatusCode.FAILED_PRECONDITION
+    assert failure.reason == "TOKENIZER_UNAVAILABLE"
+    assert failure.pushback == "-1"
+    assert str(tmp_path) not in failure.everything
+    assert (await gateway.chat.Chat(request(model="house"))).choices[0].message.content
+
+
+async def test_a_sentencepiece_model_named_by_the_operator_counts(
+    start: Start, simulator: Simulated, tmp_path: Path
+) -> None:
+    path = tmp_path / "tokenizer.model"
+    with path.open("wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["hello world and all the others"] * 50),
+            model_writer=model,
+            vocab_size=300,
+            model_type="bpe",
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    house = Model(name="house", upstream="test", tokenizer_file=str(path))
+    gateway = await start(upstream(simulator[1]), models=(house,))
+    text = "hello \U0001f600 world"
+    split = await gateway.tokens.Tokenize(Tokenize(model="house", texts=[text, ""]))
+    assert split.tokenizer == "sentencepiece:tokenizer.model"
+    assert b"".join(split.lists[0].pieces).decode() == " " + text
+    assert list(split.lists[1].ids) == []
+    counted = await gateway.tokens.CountTokens(Count(model="house", text=text))
+    assert (counted.total_tokens, counted.exact) == (len(split.lists[0].ids), True)
+    chat = await gateway.tokens.CountTokens(Count(model="house", chat=request(text)))
+    assert chat.total_tokens > counted.total_tokens
+    assert not chat.exact
+    listed = await gateway.models.GetModel(GetModel(name="house"))
+    assert listed.model.tokenizer == "sentencepiece:tokenizer.model"
+
+
+async def test_a_call_is_counted_as_the_upstream_gets_it(
+    start: Start, simulator: Simulated
+) -> None:
+    house = Model(
+        name="house",
+        upstream="test",
+        upstream_model="gpt-4o",
+        role_templates=(RoleTemplate(role="narrator", api_role="user", begin="Once: "),),
+    )
+    gateway = await start(upstream(simulator[1]), models=(house,))
+    wrapped = request("hello", model="house")
+    wrapped.messages[0].role = "narrator"
+    plain = request("Once: hello", model="house")
+    totals = [
+        await gateway.tokens.CountTokens(Count(model="house", chat=chat))
+        for chat in (wrapped, plain)
+    ]
+    assert totals[0] == totals[1]
+    assert totals[0].exact
+    wrapped.messages[0].role = "bard"
+    failure = await failing(gateway.tokens.CountTokens(Count(model="house", chat=wrapped)))
+    assert failure.reason == "UNKNOWN_ROLE"
+    assert set(failure.fields) == {"chat.messages[0].role"}
+
+
+async def test_a_default_that_may_change_the_prompt_makes_a_count_an_approximation(
+    start: Start, simulator: Simulated
+) -> None:
+    house = Model(name="house", upstream="test", upstream_model="qwen3")
+    house.defaults.enable_thinking = False
+    gateway = await start(upstream(simulator[1]), models=(house,))
+    for model, exact in (("qwen3", True), ("house", False)):
+        counted = await gateway.tokens.CountTokens(Count(model=model, chat=request()))
+        assert counted.exact == exact
 
 
 @pytest.mark.parametrize(

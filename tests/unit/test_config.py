@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import sentencepiece
 import trustme
 import yaml
 from hypothesis import HealthCheck, example, given, settings
@@ -381,7 +382,8 @@ MALFORMED: dict[str, tuple[str, list[str]]] = {
             f"5: models.4: got 4, expected {MODEL_NAME}",
             "6: models.d: got a single value, expected a mapping",
             '7: models.e.upstream: got "", expected the name of an upstream',
-            '8: models.f.tokenizer: got "gpt2", expected one of o200k_base, cl100k_base',
+            '8: models.f.tokenizer: got "gpt2", expected one of o200k_base, '
+            "o200k_harmony, cl100k_base, p50k_base, qwen",
             f'8: models.f.capabilities[0]: got "a b", expected {NAME}',
             f"8: models.f.upstream_model: got 4.1, expected {MODEL_NAME}",
         ],
@@ -717,6 +719,68 @@ def test_each_mistake_of_upstreams_and_of_yaml(name: str) -> None:
     Path("latin.txt").write_bytes(b"caf\xe9")
     Path("big.txt").write_bytes(b"a" * (2**20 + 1))
     assert problems(text, environ) == [f"t.yaml:{problem}" for problem in expected]
+
+
+def write_tokenizer() -> None:
+    """A small models/tokenizer.model."""
+    Path("models").mkdir()
+    with Path("models/tokenizer.model").open("wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["a b c d e f g"] * 20),
+            model_writer=model,
+            vocab_size=12,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+
+
+def test_a_tokenizer_file_is_found_beside_the_configuration_and_read() -> None:
+    write_tokenizer()
+    Path("etc").mkdir()
+    text = UPSTREAM + "models: {m: {upstream: u, tokenizer_file: ../models/tokenizer.model}}"
+    Path("etc/t.yaml").write_text(text)
+    config = load(Path("etc/t.yaml"), ENVIRON)
+    assert config.models[0].tokenizer_file == "etc/../models/tokenizer.model"
+
+
+@pytest.mark.parametrize(
+    ("fields", "path", "got"),
+    [
+        ("tokenizer_file: ''", "tokenizer_file", '"", expected a path'),
+        (
+            "tokenizer_file: none.model",
+            "tokenizer_file",
+            '"none.model", which is unreadable (No such file or directory), expected {model}',
+        ),
+        (
+            "tokenizer_file: .",
+            "tokenizer_file",
+            '".", which is unreadable (Is a directory), expected {model}',
+        ),
+        (
+            'tokenizer_file: "a\\0b"',
+            "tokenizer_file",
+            '"a\\u0000b", which is unreadable (no file can have this name), expected {model}',
+        ),
+        (
+            "tokenizer_file: tokenizer.json",
+            "tokenizer_file",
+            '"tokenizer.json", which is no sentencepiece model, expected {model}',
+        ),
+        (
+            "tokenizer: qwen, tokenizer_file: tokenizer.json",
+            "tokenizer_file",
+            "both tokenizer and tokenizer_file, expected one of them",
+        ),
+    ],
+)
+def test_a_tokenizer_file_that_cannot_count_is_a_problem_of_its_line(
+    fields: str, path: str, got: str
+) -> None:
+    Path("tokenizer.json").write_text('{"version": "1.0"}')
+    text = UPSTREAM + f"models:\n  m: {{upstream: u, {fields}}}"
+    expected = got.format(model="a sentencepiece model, such as tokenizer.model")
+    assert problems(text) == [f"t.yaml:3: models.m.{path}: got {expected}"]
 
 
 def test_a_file_that_is_not_text() -> None:
@@ -1250,8 +1314,9 @@ def test_the_example_loads() -> None:
 def test_the_example_has_every_field() -> None:
     text = EXAMPLE.read_text(encoding="utf-8")
     # What is commented out holds as well.
-    text = text.replace("# - {file:", "- {file:")
+    text = text.replace("# - {file:", "- {file:").replace("# tokenizer_file:", "tokenizer_file:")
     text = re.sub(r"^# (tls:|callers:|  )", r"\1", text, flags=re.MULTILINE)
+    write_tokenizer()
     Path("secrets").mkdir()
     Path("secrets/openai-keys").write_text("d\ne\n")
     Path("secrets/search-tokens").write_text("search-token-one\n")

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from sse_reference import BOM, reference
 from tokenwire_service.upstream.sse import Decoder, Event, EventTooLarge
 
 NO_LIMIT = 1 << 30
-BOM = b"\xef\xbb\xbf"
 
 
 def feed(chunks: Iterable[bytes], limit: int = NO_LIMIT) -> list[Event]:
@@ -28,66 +28,6 @@ def cut(data: bytes, at: Iterable[int]) -> list[bytes]:
 
 
 # --- against the standard ---------------------------------------------------------------
-
-
-def reference(stream: bytes) -> list[Event]:
-    """Section 9.2.6 of the HTML standard, sentence by sentence, on the whole stream at once.
-
-    https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
-    """
-    # "If there is a leading BOM, strip it": one, and only at the start.
-    if stream.startswith(BOM):
-        stream = stream[len(BOM) :]
-    # "Lines must be separated by either a CRLF pair, a single LF or a single CR."
-    lines: list[bytes] = []
-    line = bytearray()
-    i = 0
-    while i < len(stream):
-        if stream[i : i + 2] == b"\r\n":
-            lines.append(bytes(line))
-            line.clear()
-            i += 2
-        elif stream[i : i + 1] in (b"\r", b"\n"):
-            lines.append(bytes(line))
-            line.clear()
-            i += 1
-        else:
-            line += stream[i : i + 1]
-            i += 1
-    # "Once the end of the file is reached, any pending data must be discarded": so is `line`.
-    data, event_type, last_event_id = b"", b"", b""
-    events: list[Event] = []
-    for line_ in lines:
-        if line_ == b"":
-            # "If the data buffer is an empty string, set the data buffer and the event type
-            # buffer to the empty string and return."
-            if data == b"":
-                event_type = b""
-                continue
-            # "If the data buffer's last character is a LF, remove it."
-            data = data[:-1] if data.endswith(b"\n") else data
-            events.append(
-                Event(
-                    event_type.decode("utf-8", "replace") or "message",
-                    data,
-                    last_event_id.decode("utf-8", "replace"),
-                )
-            )
-            data, event_type = b"", b""
-        elif line_.startswith(b":"):
-            continue  # "Ignore the line."
-        else:
-            field, colon, value = line_.partition(b":")
-            if colon and value.startswith(b" "):
-                value = value[1:]
-            if field == b"event":
-                event_type = value
-            elif field == b"data":
-                data += value + b"\n"
-            elif field == b"id" and b"\0" not in value:
-                last_event_id = value
-    return events
-
 
 # Pieces that matter to the standard, and some that only look so.
 pieces = st.sampled_from(
@@ -109,8 +49,10 @@ streams = st.one_of(
 @given(streams, st.data())
 @settings(max_examples=500)
 def test_any_cutting_gives_what_the_standard_says(stream: bytes, data: st.DataObject) -> None:
-    expected = reference(stream)
-    assert feed([stream]) == expected
+    expected, retry = reference(stream)
+    decoder = Decoder(NO_LIMIT)
+    assert decoder.feed(stream) == expected
+    assert decoder.retry_ms == retry
     assert feed(bytewise(stream)) == expected
     cuts = data.draw(st.lists(st.integers(0, len(stream)), max_size=8))  # some chunks are empty
     assert feed(cut(stream, cuts)) == expected
@@ -190,12 +132,17 @@ def test_a_field_named_error_is_kept() -> None:
 
 @pytest.mark.parametrize(
     ("line", "expected"),
-    [(b"retry: 1500", 1500), (b"retry:0", 0), (b"retry: 1.5", None), (b"retry: -1", None)],
+    [
+        *((b"retry: 1500", 1500), (b"retry:0", 0), (b"retry: 1.5", None), (b"retry: -1", None)),
+        *((b"retry", None), (b"retry: \xd9\xa1", None), (b"retry: " + b"0" * 20 + b"7", 7)),
+        (b"retry: " + b"9" * 5000, 10**15),
+    ],
 )
 def test_the_reconnection_time_is_digits_only(line: bytes, expected: int | None) -> None:
     decoder = Decoder(NO_LIMIT)
     decoder.feed(line + b"\n")
     assert decoder.retry_ms == expected
+    assert reference(line + b"\n") == ([], expected)
 
 
 # --- bounds -----------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+_MOST_MS = 10**15  # of `retry`: some 30,000 years
+
 
 class Event(NamedTuple):
     """One dispatched event. `data` is the raw UTF-8, malformed bytes included."""
@@ -134,7 +136,7 @@ class Decoder:
             if b"\0" not in value:
                 self._id = value
         elif name == b"retry":
-            if value.isdigit():
-                self.retry_ms = int(value[:12])
+            if value.isdigit():  # of any length: Python reads no more than 4,300
+                self.retry_ms = min(int(value.lstrip(b"0")[:16] or b"0"), _MOST_MS)
         elif name == b"error":
             self.error_field = value

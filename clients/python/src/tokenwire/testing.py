@@ -100,6 +100,7 @@ CODES: Mapping[str, grpc.StatusCode] = {
     "DEADLINE_EXCEEDED": grpc.StatusCode.DEADLINE_EXCEEDED,
     "CANCELLED": grpc.StatusCode.CANCELLED,
     "CALLER_STALLED": grpc.StatusCode.ABORTED,
+    "TOKENIZER_UNAVAILABLE": grpc.StatusCode.FAILED_PRECONDITION,
     "INTERNAL": grpc.StatusCode.INTERNAL,
 }
 """The status code that goes with each reason, as error_reason.proto says."""

@@ -113,6 +113,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The caller did not read its stream for too long, and the gateway gave up, so that
     the upstream stops. ABORTED.
     """
+    ERROR_REASON_TOKENIZER_UNAVAILABLE: _ErrorReason.ValueType  # 27
+    """The gateway cannot load the tokenizer of this model: its file is damaged or gone,
+    and the operator must mend it. FAILED_PRECONDITION. Chats are not affected.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed: the value of google.rpc.ErrorInfo.reason, written without the
@@ -230,5 +234,9 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 25
 ERROR_REASON_CALLER_STALLED: ErrorReason.ValueType  # 26
 """The caller did not read its stream for too long, and the gateway gave up, so that
 the upstream stops. ABORTED.
+"""
+ERROR_REASON_TOKENIZER_UNAVAILABLE: ErrorReason.ValueType  # 27
+"""The gateway cannot load the tokenizer of this model: its file is damaged or gone,
+and the operator must mend it. FAILED_PRECONDITION. Chats are not affected.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
