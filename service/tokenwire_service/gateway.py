@@ -46,10 +46,11 @@ from tokenwire_service.keyring import (
 )
 from tokenwire_service.layouts import UNKNOWN, as_written, lay
 from tokenwire_service.pool import Pool
+from tokenwire_service.providers import proto_path as field_path
 from tokenwire_service.relay import HEARTBEAT_SECONDS, Outbox, Write
 from tokenwire_service.retry import Backoff, RetryBudget
 from tokenwire_service.secret import Scrubber, Secret
-from tokenwire_service.stops import StopFilter, cut_at
+from tokenwire_service.stops import StopFilter, cut_at, stopped
 from tokenwire_service.telemetry import ABANDONED, AttemptEvent, Observer
 from tokenwire_service.tokens import tokenizer_for
 from tokenwire_service.upstream.client import Progress
@@ -78,15 +79,7 @@ _NO_LIST = frozenset(
     }
 )
 
-# What providers call a parameter, where that is not the proto's own path.
-_PARAM_PATHS = {
-    "max_tokens": "params.max_completion_tokens",
-    "max_completion_tokens": "params.max_completion_tokens",
-    "n": "params.choice_count",
-    "user": "end_user_id",
-    "safety_identifier": "end_user_id",
-}
-# The same for what stands below it. Each is linear: the text is an upstream's.
+# What providers call a place below a parameter. Each is linear: the text is an upstream's.
 _PARAM_STEPS = tuple(
     (re.compile(pattern), path)
     for pattern, path in (
@@ -219,6 +212,7 @@ class Gateway:
                 at = cut_at(choice.message.content, plan.encoded.stop)
                 if at is not None:
                     choice.message.content = choice.message.content[:at]
+                    choice.finish_reason = stopped(choice.finish_reason)
             if response.HasField("usage"):
                 attempt.progress.usage = response.usage
             return response
@@ -787,7 +781,7 @@ def proto_path(param: str, chat: chat_service_pb2.ChatRequest) -> str:
         return "extra_body_json"
     for pattern, path in _PARAM_STEPS:
         rest = pattern.sub(path, rest)
-    return _PARAM_PATHS.get(name, name) + rest
+    return field_path(name) + rest
 
 
 def printable(text: str) -> str:
