@@ -2,7 +2,8 @@
 
 Timers: connect, first byte (until the first event or the whole plain answer begins), idle
 (between events; comments and blank lines are no progress). Each raises UpstreamFault(TIMEOUT)
-and is this module's own; the call's deadline is the gateway's, around the whole attempt.
+and is this module's own; the call's deadline is the gateway's, around the whole attempt. What has
+arrived when a timer is due was in time: see timer.py.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tokenwire.v1 import chat_pb2, chat_service_pb2, model_service_pb2
 from tokenwire_service.config import Limits, Upstream
 from tokenwire_service.errors import Fault, UpstreamFault
 from tokenwire_service.keyring import Lease
+from tokenwire_service.timer import TURN, Within
 from tokenwire_service.upstream import sse
 from tokenwire_service.upstream.dialect import Dialect, Encoded, Route, StreamDecoder
 
@@ -121,7 +123,7 @@ class UpstreamClient:
         timeouts = self.upstream.timeouts
         try:
             try:
-                async with asyncio.timeout(timeouts.first_byte):
+                async with Within(timeouts.first_byte):
                     response = await self._connected().request(
                         "POST" if encoded.body else "GET",
                         URL(self._base + encoded.path, encoded=True),
@@ -145,6 +147,7 @@ class UpstreamClient:
                             Fault.PROTOCOL, f"the answer is {kind}, not JSON", http_status=200
                         )
             except aiohttp.ConnectionTimeoutError:
+                self._forget_addresses()
                 raise UpstreamFault(
                     Fault.UNREACHABLE, f"no connection within {timeouts.connect:g} s"
                 ) from None
@@ -169,6 +172,7 @@ class UpstreamClient:
             aiohttp.ClientProxyConnectionError,
             ssl.SSLError,
         ) as error:
+            self._forget_addresses()
             raise UpstreamFault(Fault.UNREACHABLE, f"no connection ({_kind(error)})") from None
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
             fault = Fault.STALE_CONNECTION if progress.reused_connection else Fault.SERVER_ERROR
@@ -211,7 +215,7 @@ class UpstreamClient:
         idle = self.upstream.timeouts.idle
         while True:
             try:
-                async with asyncio.timeout(idle):
+                async with Within(idle):
                     piece = await response.content.readany()
             except TimeoutError:
                 raise UpstreamFault(
@@ -223,6 +227,11 @@ class UpstreamClient:
             if size > limit:
                 raise UpstreamFault(Fault.PROTOCOL, f"the answer exceeds {limit} bytes")
             pieces.append(piece)
+
+    def _forget_addresses(self) -> None:
+        """The upstream may have moved: the next attempt asks the DNS, not what it said before."""
+        if self._session is not None and isinstance(self._session.connector, aiohttp.TCPConnector):
+            self._session.connector.clear_dns_cache()
 
     def _connected(self) -> aiohttp.ClientSession:
         """The session, made on first use because it belongs to the running event loop."""
@@ -274,15 +283,20 @@ class Answer:
         """What arrives next: None at the end, an empty list at `wake_at` if nothing did."""
         if self._fault is not None:
             raise self._fault
+        more = 0.0  # seconds for a last look, once the time is over
         while not self._decoder.done:
             now = self._now()
-            until = min(self._silent_at, wake_at)
+            silent_at = self._silent_at + more
+            until = min(silent_at, wake_at)
             try:
                 async with asyncio.timeout(max(0.0, until - now)):
                     chunk = await self._response.content.readany()
             except TimeoutError:
                 # Not by the clock: a loop's timers may run a moment early.
-                if until == self._silent_at:
+                if until == silent_at:
+                    if not more:  # as timer.Within; but what is awaited here can be begun again
+                        more = TURN
+                        continue
                     what = f"silent for {self._idle:g} s" if self._heard else "no event in time"
                     raise UpstreamFault(Fault.TIMEOUT, what) from None
                 return []
