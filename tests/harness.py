@@ -54,6 +54,7 @@ class Stubs:
 
 
 Start = Callable[..., Awaitable[Stubs]]
+Figures = Callable[[str, float, str], None]  # what was measured, the value, its unit
 
 
 def upstream(base_url: str, keys: int = 2, **settings: Any) -> Upstream:

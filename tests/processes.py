@@ -40,6 +40,12 @@ class Program:
                 return found
         return None
 
+    @property
+    def resident_kib(self) -> int:
+        """Its memory now, without what is swapped out."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("VmRSS:")[2].split()[0])
+
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 

@@ -10,10 +10,11 @@ from collections.abc import AsyncIterator, Callable, Mapping
 import pytest
 import uvloop
 
+from harness import Figures
+
 _HANGS_AFTER = 100.0  # seconds
 _LONG_HANGS_AFTER = 3600.0
 
-Figures = Callable[[str, float, str], None]
 _FIGURES = pytest.StashKey[defaultdict[tuple[str, str], list[float]]]()
 
 
