@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import itertools
+import socket
+import struct
+import sys
 import time
 import types
 from collections import Counter
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from aiohttp import web
 
@@ -30,6 +36,8 @@ from harness import (
     until,
     upstream,
 )
+from processes import serve, write_config
+from tokenwire.v1 import chat_service_pb2_grpc
 from tokenwire_service.config import Limits, Retries
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -255,3 +263,264 @@ async def test_f10_a_cancel_at_any_await_leaves_nothing_behind(
         if place != "a slow reader":
             whole = await gateway.chat.Chat(request())
             assert whole.choices[0].message.content == "one two three"
+
+
+# --- in each way ------------------------------------------------------------------------
+
+
+@dataclass
+class Wire:
+    """A TCP connection between a caller and the gateway that can be broken."""
+
+    address: str = ""
+    writers: list[asyncio.StreamWriter] = field(default_factory=list)
+
+    def reset(self) -> None:
+        """RST to both sides."""
+        for writer in self.writers:
+            pair = struct.pack("ii", 1, 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, pair)
+            writer.transport.abort()
+
+
+@asynccontextmanager
+async def wired(address: str) -> AsyncIterator[Wire]:
+    """Passes bytes on to `address`, both ways."""
+    wire = Wire()
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(2**16):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, _, port = address.rpartition(":")
+        there, back = await asyncio.open_connection(host, int(port))
+        wire.writers += [writer, back]
+        for task in (pipe(reader, back), pipe(there, writer)):
+            tasks.add(asyncio.ensure_future(task))
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    wire.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    try:
+        yield wire
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in wire.writers:
+            writer.transport.abort()
+
+
+async def silent(asked: web.Request) -> web.StreamResponse:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def silent_after_headers(asked: web.Request) -> web.StreamResponse:
+    kind = "text/event-stream" if (await asked.json()).get("stream") else "application/json"
+    response = web.StreamResponse(headers={"content-type": kind})
+    await response.prepare(asked)
+    return await silent(asked)
+
+
+async def silent_midway(asked: web.Request) -> web.StreamResponse:
+    stream = (await asked.json()).get("stream")
+    kind = "text/event-stream" if stream else "application/json"
+    response = web.StreamResponse(headers={"content-type": kind})
+    await response.prepare(asked)
+    await response.write(chunk("a beginning") if stream else b'{"id": "c1", "choices": [')
+    return await silent(asked)
+
+
+async def limited(asked: web.Request) -> web.StreamResponse:
+    return web.json_response({"error": {}}, status=429, headers={"retry-after": "60"})
+
+
+async def overloaded(asked: web.Request) -> web.StreamResponse:
+    return web.json_response({"error": {}}, status=503, headers={"retry-after": "30"})
+
+
+async def held(asked: web.Request) -> web.StreamResponse:
+    """The first has the slot; the others wait for it."""
+    return await silent(asked)
+
+
+# Where a call is when its caller leaves. An upstream's request is open in all but three of them.
+MOMENTS: dict[str, Handler] = {
+    "before the headers": silent,
+    "after the headers": silent_after_headers,
+    "midway": silent_midway,
+    "waiting for a key": limited,
+    "backing off": overloaded,
+    "queued": held,
+    "not reading": endless,
+}
+WAYS = ["cancel", "deadline", "closed channel", "reset", "killed process"]
+
+_CALLER = """
+import sys
+import grpc
+from tokenwire.v1 import chat_service_pb2, chat_service_pb2_grpc
+address, method = sys.argv[1:]
+chat = chat_service_pb2.ChatRequest(model="m")
+chat.messages.add(role="user", content="hello")
+stub = chat_service_pb2_grpc.ChatServiceStub(grpc.insecure_channel(address))
+if method == "Chat":
+    stub.Chat(chat)
+else:
+    call = stub.StreamChat(chat_service_pb2.StreamChatRequest(chat=chat))
+    next(call)
+    sys.stdin.read()
+"""
+
+
+class Caller:
+    """One call, by a channel of its own or from a process of its own."""
+
+    def __init__(self, address: str, method: str, way: str) -> None:
+        self.address, self.method, self.way = address, method, way
+        self.process: asyncio.subprocess.Process | None = None
+        self.call: Any = None
+        self.reading: asyncio.Task[None] | None = None
+
+    async def begin(self) -> None:
+        if self.way == "killed process":
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-c",
+                _CALLER,
+                self.address,
+                self.method,
+                stdin=asyncio.subprocess.PIPE,
+            )
+            return
+        self.channel = grpc.aio.insecure_channel(
+            self.address, options=[("grpc.use_local_subchannel_pool", 1)]
+        )
+        stub: Any = chat_service_pb2_grpc.ChatServiceStub(self.channel)
+        timeout = 0.5 if self.way == "deadline" else None
+        self.began = time.monotonic()
+        if self.method == "Chat":
+            self.call = stub.Chat(request(), timeout=timeout)
+            self.reading = asyncio.ensure_future(self.call.wait_for_connection())
+        else:
+            self.call = stub.StreamChat(stream_request(request()), timeout=timeout)
+            self.reading = asyncio.ensure_future(self.call.read())
+
+    async def leave(self, wire: Wire) -> float:
+        """When it left."""
+        if self.way == "deadline":
+            await asyncio.sleep(max(0.0, self.began + 0.5 - time.monotonic()))
+            return self.began + 0.5
+        left = time.monotonic()
+        if self.way == "cancel":
+            self.call.cancel()
+        elif self.way == "closed channel":
+            await self.channel.close()
+        elif self.way == "reset":
+            wire.reset()
+        else:
+            assert self.process is not None
+            self.process.kill()
+        return left
+
+    async def end(self) -> None:
+        if self.process is not None:
+            if self.process.returncode is None:
+                self.process.kill()
+            await self.process.wait()
+            return
+        assert self.reading is not None
+        self.call.cancel()
+        self.reading.cancel()
+        await asyncio.gather(self.reading, return_exceptions=True)
+        await self.channel.close()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", ["Chat", "StreamChat"])
+@pytest.mark.parametrize("moment", MOMENTS)
+async def test_f10_however_a_caller_leaves_the_upstream_is_let_go(
+    start: Start, figures: Figures, moment: str, method: str, way: str
+) -> None:
+    if moment == "not reading" and method == "Chat":
+        pytest.skip("one message needs no reader that is fast")
+    if moment in ("waiting for a key", "backing off") and way == "deadline":
+        pytest.skip("a wait beyond the deadline is not begun: test_keys.py, test_deadline.py")
+    async with provider(MOMENTS[moment]) as served, AsyncExitStack() as stack:
+        limits = Limits(in_flight=1 if moment == "queued" else 10)
+        gateway = await start(upstream(served.base_url, keys=1), limits=limits)
+        running, pool = gateway.running, gateway.running.pools["test"]
+        holder = None
+        if moment == "queued":
+            holder = gateway.chat.Chat(request())
+            await until(lambda: served.open == 1)
+        wire = await stack.enter_async_context(wired(running.address))
+        caller = Caller(wire.address, method, way)
+        await caller.begin()
+        stack.push_async_callback(caller.end)
+        there: dict[str, Callable[[], bool]] = {
+            "waiting for a key": lambda: pool.waiting == 1,
+            "backing off": lambda: len(gateway.events.attempts) == 1,
+            "queued": lambda: pool.bulkhead.waiting == 1,
+        }
+        await until(there.get(moment, lambda: served.open == 1))
+        await asyncio.sleep(0.1)  # until nothing moves any more
+        left = await caller.leave(wire)
+        gone: dict[str, Callable[[], bool]] = {
+            "waiting for a key": lambda: pool.waiting == running.gateway.in_flight == 0,
+            "backing off": lambda: running.gateway.in_flight == 0,
+            "queued": lambda: pool.bulkhead.waiting == 0,
+        }
+        await until(gone.get(moment, lambda: served.open == 0))
+        took = time.monotonic() - left
+        assert took < BOUND
+        figures(f"F10 after {way}, {moment}", took * 1000, "ms")
+        if holder is not None:
+            holder.cancel()
+        await until(lambda: running.leases == running.gateway.in_flight == 0)
+    codes = {call.code for call in gateway.events.calls}
+    assert codes <= {"CANCELLED", "DEADLINE_EXCEEDED"}
+
+
+# --- often ------------------------------------------------------------------------------
+
+
+async def test_f26_cancelled_streams_leave_no_memory_behind(
+    tmp_path: Path, figures: Figures, long: bool
+) -> None:
+    """What grows while a process warms up is over after the first of them."""
+    warm, count, bound = (20_000, 100_000, 1024) if long else (1500, 3000, 4096)
+
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        response = await event_stream(asked)
+        await response.write(chunk("a beginning"))
+        return await silent(asked)
+
+    async with provider(answer) as served:
+        limits = {"in_flight": 100}
+        config = write_config(tmp_path, served.base_url, limits=limits)
+        async with serve("--config", config, TEST_KEY="sk-test-k1") as gateway:
+
+            async def cancel_streams(each: int) -> None:
+                for _ in range(each):
+                    call = gateway.chat.StreamChat(stream_request(request()))
+                    await call.read()
+                    call.cancel()
+
+            async def cancel(total: int) -> int:
+                """Resident memory after so many, in bytes."""
+                await asyncio.gather(*(cancel_streams(total // 50) for _ in range(50)))
+                await until(lambda: served.open == 0)
+                return gateway.resident_kib * 1024
+
+            before = await cancel(warm)
+            each = (await cancel(count) - before) / count
+    figures("F26 growth of the gateway for each cancelled stream", each, "bytes")
+    assert served.ended == warm + count
+    assert each < bound
