@@ -417,7 +417,9 @@ class Gateway:
                 upstream=pool.upstream.name, key_id=lease.key.id
             )
             call.attempts.append(record)
-            attempt = Attempt(plan, lease, Progress(), self._now(), record)
+            # One connection died in the pool; so may have its neighbours.
+            progress = Progress(fresh=plan.seen[Fault.STALE_CONNECTION] > 0)
+            attempt = Attempt(plan, lease, progress, self._now(), record)
             try:
                 answer = await use(attempt)
                 self._succeeded(call, attempt)

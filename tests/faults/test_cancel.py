@@ -495,7 +495,7 @@ async def test_f26_cancelled_streams_leave_no_memory_behind(
     tmp_path: Path, figures: Figures, long: bool
 ) -> None:
     """What grows while a process warms up is over after the first of them."""
-    warm, count, bound = (20_000, 100_000, 1024) if long else (1500, 3000, 4096)
+    warm, count, bound = (20_000, 100_000, 1024) if long else (1000, 2000, 4096)
 
     async def answer(asked: web.Request) -> web.StreamResponse:
         response = await event_stream(asked)

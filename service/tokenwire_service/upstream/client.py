@@ -39,8 +39,10 @@ _DRAIN_SECONDS = 0.05  # to read the last chunk's end after [DONE], so that the 
 
 @dataclass
 class Progress:
-    """What an attempt has seen so far; filled while it runs, read when it failed."""
+    """What an attempt has seen so far; filled while it runs, read when it failed. `fresh` is asked
+    for: a connection that never served before, after one that had died in the pool."""
 
+    fresh: bool = False
     http_status: int = 0
     first_byte_at: float = 0.0
     reused_connection: bool = False
@@ -64,14 +66,14 @@ class UpstreamClient:
         self._limits = limits
         self._now = now
         self._base = upstream.base_url.rstrip("/")
-        self._session: aiohttp.ClientSession | None = None
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}  # True: each with a new connection
         self.open_answers = 0  # responses not yet closed
 
     async def close(self) -> None:
         """Closes every connection."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        sessions, self._sessions = self._sessions, {}
+        for session in sessions.values():
+            await session.close()
 
     async def fetch(
         self, encoded: Encoded, lease: Lease, progress: Progress
@@ -124,7 +126,7 @@ class UpstreamClient:
         try:
             try:
                 async with Within(timeouts.first_byte):
-                    response = await self._connected().request(
+                    response = await self._connected(progress.fresh).request(
                         "POST" if encoded.body else "GET",
                         URL(self._base + encoded.path, encoded=True),
                         data=encoded.body or None,
@@ -230,17 +232,24 @@ class UpstreamClient:
 
     def _forget_addresses(self) -> None:
         """The upstream may have moved: the next attempt asks the DNS, not what it said before."""
-        if self._session is not None and isinstance(self._session.connector, aiohttp.TCPConnector):
-            self._session.connector.clear_dns_cache()
+        for session in self._sessions.values():
+            if isinstance(session.connector, aiohttp.TCPConnector):
+                session.connector.clear_dns_cache()
 
-    def _connected(self) -> aiohttp.ClientSession:
-        """The session, made on first use because it belongs to the running event loop."""
-        if self._session is None:
+    def _connected(self, fresh: bool) -> aiohttp.ClientSession:
+        """The session, made on first use because it belongs to the running event loop. Those that
+        died in the pool may be many: with `fresh` none of it is used."""
+        session = self._sessions.get(fresh)
+        if session is None:
             trace = aiohttp.TraceConfig()
             trace.on_connection_reuseconn.append(_note_reuse)
-            self._session = aiohttp.ClientSession(
-                # limit 0 is none: the upstream's slots bound the connections.
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_SECONDS),
+            # limit 0 is none: the upstream's slots bound the connections.
+            if fresh:
+                connector = aiohttp.TCPConnector(limit=0, force_close=True)
+            else:
+                connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_SECONDS)
+            session = self._sessions[fresh] = aiohttp.ClientSession(
+                connector=connector,
                 cookie_jar=aiohttp.DummyCookieJar(),  # one tenant's cookies never reach another
                 timeout=aiohttp.ClientTimeout(total=None, connect=self.upstream.timeouts.connect),
                 trust_env=False,
@@ -248,7 +257,7 @@ class UpstreamClient:
                 headers={"User-Agent": "tokenwire"},
                 max_field_size=64 * 1024,
             )
-        return self._session
+        return session
 
 
 class Answer:
