@@ -31,6 +31,7 @@ from tokenwire_service.upstream import sse
 from tokenwire_service.upstream.dialect import Dialect, Encoded, Route, StreamDecoder
 
 _ERROR_BODY_BYTES = 64 * 1024  # what is read of an error answer; those recorded take a few kB
+_READ_BYTES = 64 * 1024  # decoded at once; a caller who does not read holds up no more than this
 _KEEPALIVE_SECONDS = (
     30.0  # below the idle timers of load balancers, so no dead connection is reused
 )
@@ -299,7 +300,7 @@ class Answer:
             until = min(silent_at, wake_at)
             try:
                 async with asyncio.timeout(max(0.0, until - now)):
-                    chunk = await self._response.content.readany()
+                    chunk = await self._response.content.read(_READ_BYTES)
             except TimeoutError:
                 # Not by the clock: a loop's timers may run a moment early.
                 if until == silent_at:
