@@ -237,10 +237,12 @@ def counting(**of: Any) -> bytes:
     return tokenizer_service_pb2.CountTokensRequest(model="gpt-4o", **of).SerializeToString()
 
 
+MANY = many_messages(100_000)
+
 # (method, message as it travels): what is large or odd about it. The code that it ends with.
 HEAVY: dict[str, tuple[str, bytes, str]] = {
     "a prompt of 4 MiB": (CHAT, request("word" * (1 << 20)).SerializeToString(), "OK"),
-    "100,000 messages": (CHAT, many_messages(100_000).SerializeToString(), "INVALID_ARGUMENT"),
+    "100,000 messages": (CHAT, MANY.SerializeToString(), "INVALID_ARGUMENT"),
     "special tokens": (CHAT, request(SPECIAL).SerializeToString(), "OK"),
     "half a surrogate pair": (
         CHAT,
@@ -250,7 +252,11 @@ HEAVY: dict[str, tuple[str, bytes, str]] = {
     "tokens of a million spaces": (COUNT, counting(text=" " * 10**6), "any"),
     "tokens of 4 MiB": (COUNT, counting(text="word " * (4 * 2**20 // 5)), "OK"),
     "tokens of special text": (COUNT, counting(text=SPECIAL), "OK"),
-    "tokens of 100,000 messages": (COUNT, counting(chat=many_messages(100_000)), "INVALID_ARGUMENT"),
+    "tokens of 100,000 messages": (
+        COUNT,
+        counting(chat=many_messages(100_000)),
+        "INVALID_ARGUMENT",
+    ),
 }
 
 
