@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +49,6 @@ async def endless(asked: web.Request) -> web.StreamResponse:
         return response
     while True:
         await response.write(PIECE)
-
-
-async def paced(asked: web.Request) -> web.StreamResponse:
-    """A word every twentieth of a second, 40 of them; or until it is left."""
-    response = await event_stream(asked)
-    endlessly = (await asked.json())["messages"][0]["content"] == "endless"
-    count = 0
-    while endlessly or count < 40:
-        await response.write(chunk("word "))
-        await asyncio.sleep(0.05)
-        count += 1
-    await response.write(chunk("", finish_reason="stop") + b"data: [DONE]\n\n")
-    return response
 
 
 # --- F11 --------------------------------------------------------------------------------
@@ -119,75 +107,85 @@ async def test_f11_a_write_that_nobody_takes_ends_the_call(tmp_path: Path) -> No
 STREAMS = 100
 
 
+@dataclass
+class Crowd:
+    """A hundred streams under way, read in the background; they go on until they are told."""
+
+    served: Provider
+    gateway: Program
+    reading: list[asyncio.Task[Any]]
+    told: asyncio.Event
+
+
 @asynccontextmanager
-async def with_streams(
-    tmp_path: Path, prompt: str, **drain: str
-) -> AsyncIterator[tuple[Provider, Program, list[asyncio.Task[Any]]]]:
-    """A gateway with a hundred streams under way, read in the background."""
-    async with provider(paced) as served:
+async def crowd(tmp_path: Path, **drain: str) -> AsyncIterator[Crowd]:
+    """A gateway with a crowd."""
+    told = asyncio.Event()
+
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        response = await event_stream(asked)
+        while not told.is_set():
+            await response.write(chunk("word "))
+            await asyncio.sleep(0.1)
+        await response.write(chunk("the end", finish_reason="stop") + b"data: [DONE]\n\n")
+        return response
+
+    async with provider(answer) as served:
         config = write_config(tmp_path, served.base_url, drain=drain)
         async with serve("--config", config, **KEY) as gateway:
-            calls = [
-                gateway.chat.StreamChat(stream_request(request(prompt))) for _ in range(STREAMS)
-            ]
-            yield served, gateway, await asyncio.gather(*map(begun, calls))
+            calls = [gateway.chat.StreamChat(stream_request(request())) for _ in range(STREAMS)]
+            yield Crowd(served, gateway, await asyncio.gather(*map(begun, calls)), told)
 
 
 async def test_f13_sigterm_lets_a_hundred_streams_end(tmp_path: Path) -> None:
-    async with with_streams(tmp_path, "40 words", propagation="0s", grace="60s") as (
-        served,
-        gateway,
-        reading,
-    ):
+    async with crowd(tmp_path, propagation="0s", grace="60s") as streams:
+        gateway = streams.gateway
         gateway.signal(signal.SIGTERM)
         await until(lambda: gateway.event("draining") is not None)
-        for received in await asyncio.gather(*reading):
+        streams.told.set()
+        for received in await asyncio.gather(*streams.reading):
             assert received.failure is None, received.failure.message
+            assert received.text.endswith("the end")
             assert received.kinds[-1] == "trailer"
         assert await gateway.exit_code() == 0
         assert gateway.event("draining")["in_flight"] == STREAMS  # type: ignore[index]
         assert gateway.event("stopped")["cut_short"] is False  # type: ignore[index]
-        assert len(served.asked) == STREAMS
+        assert len(streams.served.asked) == STREAMS
 
 
 async def test_f13_a_second_sigterm_ends_a_hundred_streams_at_once(
     tmp_path: Path, figures: Figures
 ) -> None:
-    async with with_streams(tmp_path, "endless", propagation="0s", grace="10m") as (
-        served,
-        gateway,
-        reading,
-    ):
+    async with crowd(tmp_path, propagation="0s", grace="10m") as streams:
+        gateway = streams.gateway
         gateway.signal(signal.SIGTERM)
         await until(lambda: gateway.event("draining") is not None)
         began = time.monotonic()
         gateway.signal(signal.SIGTERM)
-        for received in await asyncio.gather(*reading):
+        for received in await asyncio.gather(*streams.reading):
             assert received.failure is not None
             assert "trailer" not in received.kinds  # never told as whole
         assert await gateway.exit_code() == 0
         figures("F13 from the second SIGTERM to the end", (time.monotonic() - began) * 1000, "ms")
-        await until(lambda: served.open == 0)
+        await until(lambda: streams.served.open == 0)
     assert "Traceback" not in "\n".join(gateway.lines)
 
 
 async def test_f13_sigkill_closes_every_upstream_and_the_next_serves(tmp_path: Path) -> None:
-    async with with_streams(tmp_path, "endless", propagation="0s", grace="10m") as (
-        served,
-        gateway,
-        reading,
-    ):
+    async with crowd(tmp_path, propagation="0s", grace="10m") as streams:
+        gateway = streams.gateway
         address = gateway.event("serving")["address"]  # type: ignore[index]
         gateway.signal(signal.SIGKILL)
         assert await gateway.exit_code() == -signal.SIGKILL
-        for received in await asyncio.gather(*reading):
+        for received in await asyncio.gather(*streams.reading):
             assert received.failure is not None
             assert received.failure.code is grpc.StatusCode.UNAVAILABLE
             assert "trailer" not in received.kinds
-        await until(lambda: served.open == 0)
+        await until(lambda: streams.served.open == 0)
+        streams.told.set()
         config = str(tmp_path / "tokenwire.yaml")
         async with serve("--config", config, "--listen", address, **KEY) as another:
-            received = await receive(another.chat.StreamChat(stream_request(request("40 words"))))
+            received = await receive(another.chat.StreamChat(stream_request(request())))
             assert received.failure is None
 
 
