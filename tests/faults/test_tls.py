@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-import ipaddress
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+import trustme
 
 from harness import completion, failing, request
 from processes import serve, write_config
@@ -27,72 +23,48 @@ SECRET = "sk-test-planted-0123456789"
 PROMPT = "a prompt for no stranger"
 
 
-@dataclass
-class Signed:
-    """A certificate with its key, and who may sign with it."""
-
-    certificate: x509.Certificate
-    key: ec.EllipticCurvePrivateKey
-
-    def context(self, folder: Path) -> ssl.SSLContext:
-        """For a server that shows it."""
-        pem = folder / "server.pem"
-        pem.write_bytes(
-            self.key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.PKCS8,
-                serialization.NoEncryption(),
-            )
-            + self.certificate.public_bytes(serialization.Encoding.PEM)
-        )
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(pem)
-        return context
+Shown = Callable[[trustme.CA, ssl.SSLContext], None]
 
 
-def signed(
-    *names: x509.GeneralName,
-    by: Signed | None = None,
-    begins: datetime.datetime = NOW - DAY,
-    ends: datetime.datetime = NOW + DAY,
-) -> Signed:
-    """A certificate for these names; without `by` it is its own issuer, as an authority is."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    common = "an authority" if by is None else "a server"
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
-    issuer = key if by is None else by.key
-    public = issuer.public_key()
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name if by is None else by.certificate.subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(begins)
-        .not_valid_after(ends)
-        .add_extension(x509.BasicConstraints(ca=by is None, path_length=None), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(public), critical=False)
-    )
-    if names:
-        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=True)
-    return Signed(builder.sign(issuer, hashes.SHA256()), key)
+def issued(host: str, begins: int, ends: int) -> Shown:
+    """A certificate of the authority for a host, valid between these days from now."""
+
+    def show(authority: trustme.CA, context: ssl.SSLContext) -> None:
+        authority.issue_cert(
+            host, not_before=NOW + begins * DAY, not_after=NOW + ends * DAY
+        ).configure_cert(context)
+
+    return show
 
 
-HERE = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-ELSEWHERE = x509.DNSName("elsewhere.test")
+def own(authority: trustme.CA, context: ssl.SSLContext) -> None:
+    """One that nobody else has signed."""
+    alone = trustme.CA()
+    both = alone.private_key_pem.bytes() + alone.cert_pem.bytes()
+    with trustme.Blob(both).tempfile() as path:
+        context.load_cert_chain(path)
 
 
-def shown(what: str, authority: Signed) -> Signed:
-    """The certificate of a server."""
-    return {
-        "good": lambda: signed(HERE, by=authority),
-        "expired": lambda: signed(HERE, by=authority, begins=NOW - 9 * DAY, ends=NOW - DAY),
-        "not yet valid": lambda: signed(HERE, by=authority, begins=NOW + DAY, ends=NOW + 9 * DAY),
-        "of another host": lambda: signed(ELSEWHERE, by=authority),
-        "signed by itself": lambda: signed(HERE),
-        "of an unknown authority": lambda: signed(HERE, by=signed()),
-    }[what]()
+def strangers(authority: trustme.CA, context: ssl.SSLContext) -> None:
+    """One of another authority."""
+    issued("127.0.0.1", -1, 1)(trustme.CA(), context)
+
+
+GOOD = issued("127.0.0.1", -1, 1)
+BAD: dict[str, Shown] = {
+    "expired": issued("127.0.0.1", -9, -1),
+    "not yet valid": issued("127.0.0.1", 1, 9),
+    "of another host": issued("elsewhere.test", -1, 1),
+    "signed by itself": own,
+    "of an unknown authority": strangers,
+}
+
+
+def showing(show: Shown, authority: trustme.CA) -> ssl.SSLContext:
+    """Of a server."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    show(authority, context)
+    return context
 
 
 @dataclass
@@ -130,21 +102,18 @@ async def listening(context: ssl.SSLContext | None) -> AsyncIterator[Heard]:
         await server.wait_closed()
 
 
-@pytest.mark.parametrize(
-    "what",
-    ["expired", "not yet valid", "of another host", "signed by itself", "of an unknown authority"],
-)
+@pytest.mark.parametrize("what", BAD)
 async def test_f15_a_certificate_that_is_not_trusted_ends_it_before_the_key(
     tmp_path: Path, what: str
 ) -> None:
     """All but the last two are of an authority that the gateway trusts: a good one is served."""
-    authority = signed()
+    authority = trustme.CA()
     trusted = tmp_path / "authority.pem"
-    trusted.write_bytes(authority.certificate.public_bytes(serialization.Encoding.PEM))
+    authority.cert_pem.write_to_path(str(trusted))
     retries = {"max_attempts": 2, "backoff": "1ms", "backoff_cap": "1ms"}
     async with (
-        listening(shown("good", authority).context(tmp_path)) as good,
-        listening(shown(what, authority).context(tmp_path)) as bad,
+        listening(showing(GOOD, authority)) as good,
+        listening(showing(BAD[what], authority)) as bad,
     ):
         upstreams = {
             name: {"base_url": f"https://127.0.0.1:{heard.port}/v1", "keys": [{"env": "TEST_KEY"}]}
