@@ -124,6 +124,10 @@ test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete ## Run every te
 	$(BIN)/pytest $(ARGS)
 	@$(if $(ARGS),,$(call in-clients,test))
 
+.PHONY: faults
+faults: $(BIN)/.complete ## Run the fault wall at full length, some 20 minutes (docs/faults.md)
+	$(BIN)/pytest tests/faults --long $(ARGS)
+
 .PHONY: compatibility
 compatibility: $(BIN)/.complete ## Write docs/compatibility.md from ../shared/corpus
 	@PYTHONPATH=tests $(BIN)/python -m corpus.compatibility

@@ -24,6 +24,13 @@ from tokenwire_service.server import serving
 from tokenwire_service.simulator import Simulator
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--long`: what `make faults` runs."""
+    parser.addoption(
+        "--long", action="store_true", help="tests/faults: minutes where CI has seconds"
+    )
+
+
 @pytest.fixture
 async def simulator() -> AsyncIterator[tuple[Simulator, str]]:
     """(simulator, base URL), as fast as possible."""

@@ -54,6 +54,7 @@ class Stubs:
 
 
 Start = Callable[..., Awaitable[Stubs]]
+Figures = Callable[[str, float, str], None]  # what was measured, the value, its unit
 
 
 def upstream(base_url: str, keys: int = 2, **settings: Any) -> Upstream:
@@ -293,6 +294,9 @@ class Provider:
 @asynccontextmanager
 async def provider(
     answer: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
 ) -> AsyncIterator[Provider]:
     """Serves `answer` for every path until left. A caller that leaves cancels its `answer`."""
     served = Provider()
@@ -315,8 +319,8 @@ async def provider(
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
     try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        served.base_url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+        await web.TCPSite(runner, host, port).start()
+        served.base_url = f"http://{host}:{runner.addresses[0][1]}/v1"
         yield served
     finally:
         await runner.cleanup()

@@ -469,8 +469,8 @@ class Gateway:
             )
             call.attempts.append(record)
             number = len(call.attempts)
-            stale = plan.last is not None and plan.last.fault is Fault.STALE_CONNECTION
-            progress = Progress(fresh=stale)
+            # One connection died in the pool; so may have its neighbours.
+            progress = Progress(fresh=plan.seen[Fault.STALE_CONNECTION] > 0)
             attempt = Attempt(plan, lease, progress, self._now(), record, number, waited)
             try:
                 answer = await use(attempt)

@@ -7,7 +7,6 @@ meanwhile comes as one read: the slower the caller, the larger the messages. The
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 from collections.abc import Awaitable, Callable, Iterable
@@ -15,6 +14,7 @@ from typing import Any
 
 from tokenwire.v1 import chat_pb2, chat_service_pb2, error_reason_pb2
 from tokenwire_service.errors import TIMER, GatewayError
+from tokenwire_service.timer import Within
 
 StreamChatResponse = chat_service_pb2.StreamChatResponse
 Snapshot = chat_service_pb2.Snapshot
@@ -132,7 +132,7 @@ class Outbox:
     async def _put(self, message: StreamChatResponse) -> None:
         self.committed = True
         self._writable = False
-        timer = asyncio.timeout(None if self._write_timeout == math.inf else self._write_timeout)
+        timer = Within(self._write_timeout)
         try:
             async with timer:
                 await self._write(message)

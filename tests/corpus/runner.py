@@ -402,10 +402,15 @@ def unlike(what: str, got: object, wanted: object) -> Iterator[str]:
 
 
 def _of_cut(run: Run, expected: Mapping[str, Any], got: Answer) -> Iterator[str]:
-    """Where a stream that was cut is told as more than what came, or as something else."""
     body = run.item.data["body"].encode()
     arrived = body[: len(body) * int(re.sub(r"\D", "", run.mode)) // 100]
-    reset = run.mode in RESETS
+    yield from of_cut(arrived, expected, got, reset=run.mode in RESETS)
+
+
+def of_cut(
+    arrived: bytes, expected: Mapping[str, Any], got: Answer, *, reset: bool
+) -> Iterator[str]:
+    """Where a stream of which only `arrived` was sent is told as more, or as something else."""
     proven, texts = _proof(arrived)
     if got.failure is None and not proven:
         yield "OK without proof that the answer is complete"
@@ -437,7 +442,7 @@ def _proof(arrived: bytes) -> tuple[bool, dict[int, str]]:
     done = failed = False
     ended: dict[int, bool] = {}
     texts: dict[int, str] = {}
-    text = arrived.decode("utf-8", "ignore").replace("\r\n", "\n")
+    text = re.sub("\r\n?", "\n", arrived.decode("utf-8", "ignore"))
     for line in text.rpartition("\n\n")[0].split("\n"):
         data = line.removeprefix("data:").strip()
         failed = failed or line.startswith("error:")  # llama.cpp

@@ -530,6 +530,12 @@ DELAYS: list[tuple[Mapping[str, str], str, float | None]] = [
     ({"retry-after": ""}, "", None),
     ({"retry-after": "Tue, 14 Nov 2023 22:13:50 GMT"}, "", 30.0),
     ({"retry-after": "Tue, 14 Nov 2023 22:13:10 GMT"}, "", None),
+    (  # by the provider's clock, not by ours
+        {"retry-after": "Tue, 14 Nov 2023 23:13:50 GMT", "date": "Tue, 14 Nov 2023 23:13:20 GMT"},
+        "",
+        30.0,
+    ),
+    ({"retry-after": "Tue, 14 Nov 2023 22:13:50 GMT", "date": "no date"}, "", 30.0),
     ({"retry-after": "Tue, 99 Nov 2023 22:13:50 GMT"}, "", None),
     ({"retry-after": "0001-01-01"}, "", None),
     ({"retry-after": "20", **RESET}, "", 20.0),

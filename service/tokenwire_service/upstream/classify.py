@@ -292,8 +292,12 @@ def retry_delay(
     if value := headers.get("retry-after"):
         if (seconds := _positive(value)) is not None:
             return seconds
-        if (date := _http_date(value)) is not None and date > now():
-            return date - now()
+        if (date := _http_date(value)) is not None:
+            # By the clock that made the date, where it tells its time: ours may be an hour off.
+            sent = _http_date(headers.get("date", ""))
+            wait = date - (sent if sent is not None else now())
+            if wait > 0:
+                return wait
     resets = [
         go_duration(headers.get(f"x-ratelimit-reset-{dimension}", "")) or 0.0
         for dimension in ("requests", "tokens")

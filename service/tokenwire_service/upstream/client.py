@@ -3,7 +3,7 @@
 Timers: connect, first byte (until the first text of a stream, or until the whole plain answer
 begins), idle (between events; comments and blank lines are no progress). Each raises an
 UpstreamFault and is this module's own; the call's deadline is the gateway's, around the whole
-attempt.
+attempt. What has arrived when a timer is due was in time: see timer.py.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from tokenwire.v1 import chat_pb2, chat_service_pb2, model_service_pb2
 from tokenwire_service.config import Limits, Upstream
 from tokenwire_service.errors import TIMER, Fault, UpstreamFault
 from tokenwire_service.keyring import Lease
+from tokenwire_service.timer import TURN, Within
 from tokenwire_service.upstream import sse
 from tokenwire_service.upstream.dialect import Dialect, Encoded, Route, StreamDecoder
 
 _ERROR_BODY_BYTES = 64 * 1024  # what is read of an error answer; those recorded take a few kB
+_READ_BYTES = 64 * 1024  # decoded at once; a caller who does not read holds up no more than this
 _KEEPALIVE_SECONDS = (
     30.0  # below the idle timers of load balancers, so no dead connection is reused
 )
@@ -38,8 +40,8 @@ _DRAIN_SECONDS = 0.05  # to read the last chunk's end after [DONE], so that the 
 
 @dataclass
 class Progress:
-    """What an attempt has seen so far; filled while it runs, read when it failed. `fresh` is set
-    before: a connection of its own is made for it."""
+    """What an attempt has seen so far; filled while it runs, read when it failed. `fresh` is asked
+    for: a connection that never served before, after one that had died in the pool."""
 
     fresh: bool = False
     http_status: int = 0
@@ -66,16 +68,14 @@ class UpstreamClient:
         self._limits = limits
         self._now = now
         self._base = upstream.base_url.rstrip("/")
-        self._session: aiohttp.ClientSession | None = None
-        self._fresh: aiohttp.ClientSession | None = None  # which keeps no connections
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}  # True: each with a new connection
         self.open_answers = 0  # responses not yet closed
 
     async def close(self) -> None:
         """Closes every connection."""
-        for session in (self._session, self._fresh):
-            if session is not None:
-                await session.close()
-        self._session = self._fresh = None
+        sessions, self._sessions = self._sessions, {}
+        for session in sessions.values():
+            await session.close()
 
     async def fetch(
         self, encoded: Encoded, lease: Lease, progress: Progress
@@ -127,7 +127,7 @@ class UpstreamClient:
         timeouts = self.upstream.timeouts
         try:
             try:
-                async with asyncio.timeout(timeouts.first_byte):
+                async with Within(timeouts.first_byte):
                     response = await self._connected(progress.fresh).request(
                         "POST" if encoded.body else "GET",
                         URL(self._base + encoded.path, encoded=True),
@@ -150,6 +150,7 @@ class UpstreamClient:
                             Fault.PROTOCOL, f"the answer is {kind}, not JSON", http_status=200
                         )
             except aiohttp.ConnectionTimeoutError:
+                self._forget_addresses()
                 raise UpstreamFault(
                     Fault.UNREACHABLE,
                     f"no connection within {timeouts.connect:g} s",
@@ -178,6 +179,7 @@ class UpstreamClient:
             aiohttp.ClientProxyConnectionError,
             ssl.SSLError,
         ) as error:
+            self._forget_addresses()
             raise UpstreamFault(Fault.UNREACHABLE, f"no connection ({_kind(error)})") from None
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
             fault = Fault.STALE_CONNECTION if progress.reused_connection else Fault.SERVER_ERROR
@@ -220,7 +222,7 @@ class UpstreamClient:
         idle = self.upstream.timeouts.idle
         while True:
             try:
-                async with asyncio.timeout(idle):
+                async with Within(idle):
                     piece = await response.content.readany()
             except TimeoutError:
                 raise UpstreamFault(
@@ -235,14 +237,21 @@ class UpstreamClient:
                 raise UpstreamFault(Fault.PROTOCOL, f"the answer exceeds {limit} bytes")
             pieces.append(piece)
 
+    def _forget_addresses(self) -> None:
+        """The upstream may have moved: the next attempt asks the DNS, not what it said before."""
+        for session in self._sessions.values():
+            if isinstance(session.connector, aiohttp.TCPConnector):
+                session.connector.clear_dns_cache()
+
     def _connected(self, fresh: bool) -> aiohttp.ClientSession:
-        """The session, made on first use because it belongs to the running event loop. Where one
-        connection has died while idle, so have perhaps all others: a fresh one is none of them."""
-        if fresh:
-            self._fresh = self._fresh or self._new_session(force_close=True)
-            return self._fresh
-        self._session = self._session or self._new_session(keepalive_timeout=_KEEPALIVE_SECONDS)
-        return self._session
+        """The session, made on first use because it belongs to the running event loop. Those that
+        died in the pool may be many: with `fresh` none of it is used."""
+        session = self._sessions.get(fresh)
+        if session is None:
+            keeping: dict[str, Any] = {"keepalive_timeout": _KEEPALIVE_SECONDS}
+            session = self._new_session(**({"force_close": True} if fresh else keeping))
+            self._sessions[fresh] = session
+        return session
 
     def _new_session(self, **connections: Any) -> aiohttp.ClientSession:
         trace = aiohttp.TraceConfig()
@@ -291,15 +300,20 @@ class Answer:
         """What arrives next: None at the end, an empty list at `wake_at` if nothing did."""
         if self._fault is not None:
             raise self._fault
+        more = 0.0  # seconds for a last look, once the time is over
         while not self._decoder.done:
             now = self._now()
-            until = min(self._silent_at, wake_at)
+            silent_at = self._silent_at + more
+            until = min(silent_at, wake_at)
             try:
                 async with asyncio.timeout(max(0.0, until - now)):
-                    chunk = await self._response.content.readany()
+                    chunk = await self._response.content.read(_READ_BYTES)
             except TimeoutError:
                 # Not by the clock: a loop's timers may run a moment early.
-                if until == self._silent_at:
+                if until == silent_at:
+                    if not more:  # as timer.Within; but what is awaited here can be begun again
+                        more = TURN
+                        continue
                     what = f"silent for {self._idle:g} s" if self._begun else "no text in time"
                     timer = "idle" if self._begun else "first_byte"
                     raise UpstreamFault(Fault.TIMEOUT, what, facts={TIMER: timer}) from None
