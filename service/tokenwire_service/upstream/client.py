@@ -320,6 +320,7 @@ class Answer:
                 return []
             if not chunk:
                 break
+            more = 0.0
             try:
                 events = self._events.feed(chunk)
             except sse.EventTooLarge as error:
