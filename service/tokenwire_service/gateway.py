@@ -13,10 +13,10 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from tokenwire.v1 import (
     chat_pb2,
@@ -34,18 +34,20 @@ from tokenwire_service.errors import (
     UpstreamFault,
     Violation,
 )
+from tokenwire_service.folding import Fold, unfolded
 from tokenwire_service.keyring import FIRST_COOLDOWN, STATED_OVERLOAD_CAP, Lease, Unavailable
 from tokenwire_service.pool import Pool
 from tokenwire_service.relay import HEARTBEAT_SECONDS, Outbox, Write
 from tokenwire_service.retry import Backoff, RetryBudget
 from tokenwire_service.secret import Scrubber
-from tokenwire_service.stops import StopFilter, cut_at
+from tokenwire_service.stops import StopFilter, cut
 from tokenwire_service.telemetry import AttemptEvent, Observer
 from tokenwire_service.tokens import layout
 from tokenwire_service.upstream.client import Progress
 from tokenwire_service.upstream.dialect import Encoded, Route
 
 T = TypeVar("T")
+StreamChatResponse = chat_service_pb2.StreamChatResponse
 
 _BYTES_PER_TOKEN = 4  # see `estimate`
 
@@ -101,6 +103,7 @@ class Plan:
     route: Route
     pool: Pool
     encoded: Encoded
+    streams: bool = False  # whether the upstream is asked for a stream, whatever the caller gets
     patient: bool = True  # waits for what cools: not while there is another model to ask
     seen: Counter[Fault] = field(default_factory=Counter)  # what its attempts met
     last: UpstreamFault | None = None
@@ -122,6 +125,46 @@ class Attempt:
     def committed(self) -> bool:
         """True once a message went to the caller: nothing may be retried from then on."""
         return self.outbox is not None and self.outbox.committed
+
+
+class _Sink(Protocol):
+    """Where a stream goes: an Outbox to a caller, or together."""
+
+    @property
+    def wake_at(self) -> float:
+        """When to call `tick` though nothing arrived."""
+
+    async def tick(self) -> None:
+        """Called at `wake_at`."""
+
+    async def send(self, events: Sequence[StreamChatResponse]) -> None:
+        """What arrived, without the end."""
+
+    async def finish(self, events: Sequence[StreamChatResponse]) -> None:
+        """The finishes and the trailer, after everything else."""
+
+
+class _Gathered:
+    """Keeps a stream for a caller who wants a whole answer; bounded as whole answers are."""
+
+    wake_at = math.inf
+
+    def __init__(self, limit: int) -> None:
+        self.fold = Fold()
+        self._limit = limit
+
+    async def tick(self) -> None:
+        """Nothing is sent before the end."""
+
+    async def send(self, events: Sequence[StreamChatResponse]) -> None:
+        """Keeps them. Raises UpstreamFault if they are too many."""
+        self.fold.add(events)
+        if self.fold.size > self._limit:
+            raise UpstreamFault(Fault.PROTOCOL, f"the answer exceeds {self._limit} bytes")
+
+    async def finish(self, events: Sequence[StreamChatResponse]) -> None:
+        """Keeps the end."""
+        self.fold.add(events)
 
 
 class Gateway:
@@ -168,20 +211,15 @@ class Gateway:
     async def chat(self, call: Call) -> chat_service_pb2.ChatResponse:
         """The whole answer. Raises GatewayError."""
 
-        async def fetch(attempt: Attempt) -> chat_service_pb2.ChatResponse:
-            plan = attempt.plan
-            response = await plan.pool.client.fetch(plan.encoded, attempt.lease, attempt.progress)
-            self._fill(response.header, call, attempt)
-            for choice in response.choices:
-                at = cut_at(choice.message.content, plan.encoded.stop)
-                if at is not None:
-                    choice.message.content = choice.message.content[:at]
-            if response.HasField("usage"):
-                attempt.progress.usage = response.usage
-            return response
+        async def use(attempt: Attempt) -> chat_service_pb2.ChatResponse:
+            if not attempt.plan.streams:
+                return await self._fetched(call, attempt)
+            gathered = _Gathered(self._config.limits.upstream_answer_bytes)
+            await self._read(call, attempt, gathered)
+            return gathered.fold.response()
 
         async with self._admitted(call):
-            return await self._answer(call, fetch)
+            return await self._answer(call, use, stream=False)
 
     async def stream(
         self, call: Call, write: Write, *, cumulative: bool = False, max_delay: float = 0.0
@@ -197,47 +235,66 @@ class Gateway:
             heartbeat=self._heartbeat,
         )
 
-        async def relay(attempt: Attempt) -> None:
+        async def use(attempt: Attempt) -> None:
             attempt.outbox = outbox
-            plan = attempt.plan
-            stops = StopFilter(plan.encoded.stop)
-            async with plan.pool.client.open(
-                plan.encoded, attempt.lease, attempt.progress
-            ) as answer:
-                try:
-                    while (events := await answer.read(outbox.wake_at)) is not None:
-                        if not events:
-                            await outbox.tick()
-                            continue
-                        if events[0].WhichOneof("event") == "header":
-                            self._fill(events[0].header, call, attempt)
-                            # What waits on a probe waits no more.
-                            self._accepted(attempt)
-                            plan.pool.look()
-                        await outbox.send(stops.apply(events))
-                    tail = answer.finish()
-                    if tail[0].WhichOneof("event") == "header":
-                        self._fill(tail[0].header, call, attempt)
-                    await outbox.finish(stops.apply(tail))
-                finally:
-                    call.usage = attempt.progress.usage = answer.usage
+            if attempt.plan.streams:
+                await self._read(call, attempt, outbox)
+                return
+            events = unfolded(await self._fetched(call, attempt))
+            ended = next(i for i, e in enumerate(events) if e.WhichOneof("event") == "finish")
+            await outbox.send(events[:ended])
+            await outbox.finish(events[ended:])
 
         try:
             async with self._admitted(call):
-                await self._answer(call, relay, outbox)
+                await self._answer(call, use, stream=True, outbox=outbox)
         except GatewayError as error:
             if outbox.committed:
                 call.usage = call.usage or estimate(call.chat, outbox.delivered_bytes)
                 error.metadata = {**error.metadata, **_usage_facts(call.usage)}
                 if error.reason == error_reason_pb2.ERROR_REASON_UPSTREAM_TIMEOUT:
                     error.reason = error_reason_pb2.ERROR_REASON_UPSTREAM_STREAM_INTERRUPTED
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(max(_LAST_WORDS, call.deadline - self._now())):
-                        await outbox.fail(error)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(_LAST_WORDS, call.deadline - self._now())):
+                    await outbox.fail(error)
             raise
         finally:
             if outbox.committed:
                 call.usage = call.usage or estimate(call.chat, outbox.delivered_bytes)
+
+    async def _fetched(self, call: Call, attempt: Attempt) -> chat_service_pb2.ChatResponse:
+        """The upstream's answer, asked for and come as a whole."""
+        plan = attempt.plan
+        response = await plan.pool.client.fetch(plan.encoded, attempt.lease, attempt.progress)
+        self._fill(response.header, call, attempt)
+        cut(response, plan.encoded.stop)
+        if response.HasField("usage"):
+            call.usage = attempt.progress.usage = response.usage
+        return response
+
+    async def _read(self, call: Call, attempt: Attempt, sink: _Sink) -> None:
+        """Hands over the upstream's stream as it comes. The end is handed over only of an answer
+        that is proven complete."""
+        plan = attempt.plan
+        stops = StopFilter(plan.encoded.stop)
+        async with plan.pool.client.open(plan.encoded, attempt.lease, attempt.progress) as answer:
+            try:
+                while (events := await answer.read(sink.wake_at)) is not None:
+                    if not events:
+                        await sink.tick()
+                        continue
+                    if events[0].WhichOneof("event") == "header":
+                        self._fill(events[0].header, call, attempt)
+                        # What waits on a probe waits no more.
+                        self._accepted(attempt)
+                        plan.pool.look()
+                    await sink.send(stops.apply(events))
+                tail = answer.finish()
+                if tail[0].WhichOneof("event") == "header":
+                    self._fill(tail[0].header, call, attempt)
+                await sink.finish(stops.apply(tail))
+            finally:
+                call.usage = attempt.progress.usage = answer.usage
 
     async def models(self, call: Call) -> list[model_service_pb2.Model]:
         """Configured models, then what the pass-through upstream says it serves."""
@@ -356,7 +413,12 @@ class Gateway:
     # --- attempts -----------------------------------------------------------------------
 
     async def _answer(
-        self, call: Call, use: Callable[[Attempt], Awaitable[T]], outbox: Outbox | None = None
+        self,
+        call: Call,
+        use: Callable[[Attempt], Awaitable[T]],
+        *,
+        stream: bool,
+        outbox: Outbox | None = None,
     ) -> T:
         """Asks the model's upstream, then those of its fallbacks, until one answers. If none does,
         waits for the soonest of those that only cool; else the caller hears of the model it asked
@@ -367,7 +429,7 @@ class Gateway:
         cooling: list[tuple[float, Plan]] = []
         for name in (call.chat.model, *names):
             try:
-                plan = self._plan(call, self.route(name), stream=outbox is not None)
+                plan = self._plan(call, self.route(name), stream=stream)
                 plan.patient = not names
                 return await self._held(call, plan, use)
             except GatewayError as error:
@@ -385,9 +447,11 @@ class Gateway:
         raise errors[0]
 
     def _plan(self, call: Call, route: Route, *, stream: bool) -> Plan:
+        """`stream`: what the caller asked for; the upstream may have to be asked otherwise."""
         pool = self._pools[route.upstream.name]
-        dialect = pool.client.dialect(route)
-        return Plan(route, pool, dialect.encode(call.chat, route, stream=stream))
+        streams = {"always": True, "never": False}.get(route.streaming, stream)
+        encoded = pool.client.dialect(route).encode(call.chat, route, stream=streams)
+        return Plan(route, pool, encoded, streams)
 
     async def _held(self, call: Call, plan: Plan, use: Callable[[Attempt], Awaitable[T]]) -> T:
         """Holds a slot of the upstream, then one of the gateway, while the plan is tried: who

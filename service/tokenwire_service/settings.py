@@ -391,6 +391,9 @@ class Upstream(Struct, frozen=True, kw_only=True):
     in_flight: Annotated[int, _whole(1, 100_000)] | None = None
     # Sent with every request.
     headers: Mapping[HeaderName, HeaderValue] = {}
+    # When this upstream is asked for a stream: as the caller asks, always (it answers in no other
+    # way), or never (it cannot). What callers get is what they ask for.
+    streaming: Literal["as_asked", "always", "never"] = "as_asked"
     # HTTP proxy. None: a direct connection; proxy variables of the environment are not used.
     proxy: Url | None = None
     timeouts: UpstreamTimeouts = UpstreamTimeouts()
@@ -413,6 +416,8 @@ class Model(Struct, frozen=True, kw_only=True):
     # Models to ask instead, in order, when the upstream of this one cannot answer. Keys that cool
     # are waited for only when these cannot answer either.
     fallbacks: tuple[ModelName, ...] = ()
+    # None: the upstream's.
+    streaming: Literal["as_asked", "always", "never"] | None = None
     # Prompt and answer together; None: unknown. For ListModels.
     context_window_tokens: Annotated[int, _whole(1, 2**31 - 1)] | None = None
     # Requests that ask for more are lowered to it; None: no cap.

@@ -29,6 +29,12 @@ class Route:
     model: Model | None
     model_name: str
 
+    @property
+    def streaming(self) -> str:
+        """When the upstream is asked for a stream: the model's setting, else the upstream's."""
+        configured = self.model.streaming if self.model is not None else None
+        return configured or self.upstream.streaming
+
 
 @dataclass(frozen=True)
 class Encoded:
