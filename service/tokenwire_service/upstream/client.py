@@ -117,6 +117,10 @@ class UpstreamClient:
         }
         if encoded.body:
             headers["Content-Type"] = "application/json"
+        # A proxy reads its login in the request for a tunnel, else in the request itself.
+        login, tunnelled = self._proxy_login(), self._base.startswith("https:")
+        if not tunnelled:
+            headers.update(login)
         response: aiohttp.ClientResponse | None = None
         timeouts = self.upstream.timeouts
         try:
@@ -129,6 +133,7 @@ class UpstreamClient:
                         headers=headers,
                         allow_redirects=False,
                         proxy=self.upstream.proxy,
+                        proxy_headers=login if tunnelled else None,
                         trace_request_ctx=progress,
                     )
                     self.open_answers += 1
@@ -137,6 +142,8 @@ class UpstreamClient:
                     remaining = response.headers.get("x-ratelimit-remaining-requests", "")
                     if remaining.isascii() and remaining.isdigit():
                         progress.remaining_requests = int(remaining[:12])
+                    if response.status == 407 and self.upstream.proxy:
+                        raise _refused_by_proxy(407)
                     if response.status != 200:
                         raise await self._refusal(encoded.dialect, response)
                     kind = response.content_type
@@ -170,6 +177,8 @@ class UpstreamClient:
             ssl.SSLError,
         ) as error:
             raise UpstreamFault(Fault.UNREACHABLE, f"no connection ({_kind(error)})") from None
+        except aiohttp.ClientHttpProxyError as error:  # its text quotes the proxy's own words
+            raise _refused_by_proxy(error.status) from None
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
             fault = Fault.STALE_CONNECTION if progress.reused_connection else Fault.SERVER_ERROR
             raise UpstreamFault(
@@ -223,6 +232,12 @@ class UpstreamClient:
             if size > limit:
                 raise UpstreamFault(Fault.PROTOCOL, f"the answer exceeds {limit} bytes")
             pieces.append(piece)
+
+    def _proxy_login(self) -> dict[str, str]:
+        if self.upstream.proxy_login is None:
+            return {}
+        user, _, password = self.upstream.proxy_login.reveal().partition(":")
+        return {"Proxy-Authorization": aiohttp.encode_basic_auth(user, password, "utf-8")}
 
     def _connected(self) -> aiohttp.ClientSession:
         """The session, made on first use because it belongs to the running event loop."""
@@ -330,6 +345,11 @@ async def _note_reuse(
     _session: aiohttp.ClientSession, context: SimpleNamespace, _params: Any
 ) -> None:
     context.trace_request_ctx.reused_connection = True
+
+
+def _refused_by_proxy(status: int) -> UpstreamFault:
+    """No fault of the upstream or a key, neither of which was reached."""
+    return UpstreamFault(Fault.UNREACHABLE, f"the proxy answered {status}")
 
 
 def _kind(error: BaseException) -> str:

@@ -15,7 +15,13 @@ from tokenwire_service.upstream import json_text, openai_answers
 from tokenwire_service.upstream.classify import classify
 from tokenwire_service.upstream.dialect import Dialect, Encoded, Route
 from tokenwire_service.upstream.json_text import patched, raw_object
-from tokenwire_service.upstream.request import Turn, Unsupported, parameters, turns
+from tokenwire_service.upstream.request import (
+    Turn,
+    Unsupported,
+    extended,
+    parameters,
+    turns,
+)
 
 # GenerationParams fields whose name upstream is another one, or that need their own encoding.
 _PLAIN_PARAMS = (
@@ -82,8 +88,7 @@ class OpenAI(Dialect):
             body["stream_options"] = {"include_usage": True}
             if official:  # random padding against length analysis; the link is TLS to one peer
                 body["stream_options"]["include_obfuscation"] = False
-        if chat.extra_body_json:
-            body = patched(body, chat.extra_body_json, "extra_body_json", _TYPED_ONLY)
+        body = extended(body, chat, route, _TYPED_ONLY)
         return Encoded(
             self,
             "/chat/completions",
