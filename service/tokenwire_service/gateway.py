@@ -200,6 +200,8 @@ class Gateway:
                 self._models[name] = model
         self._passthrough = next((u for u in config.upstreams if u.passthrough), None)
         self.draining = False
+        self._closed = False
+        self._timers: set[asyncio.Timeout] = set()  # of the calls that run
 
     @property
     def in_flight(self) -> int:
@@ -254,6 +256,7 @@ class Gateway:
                 error.metadata = {**error.metadata, **_usage_facts(call.usage)}
                 if error.reason == error_reason_pb2.ERROR_REASON_UPSTREAM_TIMEOUT:
                     error.reason = error_reason_pb2.ERROR_REASON_UPSTREAM_STREAM_INTERRUPTED
+                error.retry_helps, error.retry_after = False, None  # it would repeat the text
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(_LAST_WORDS, call.deadline - self._now())):
                     await outbox.fail(error)
@@ -338,7 +341,11 @@ class Gateway:
         timer = asyncio.timeout(seconds)
         try:
             async with timer:
-                yield
+                self._timers.add(timer)
+                try:
+                    yield
+                finally:
+                    self._timers.discard(timer)
         except GatewayError as error:
             error.metadata = {**error.metadata, **_trail(call)}
             raise
@@ -347,18 +354,21 @@ class Gateway:
                 raise
             raise self._out_of_time(call) from None
 
+    def close(self) -> None:
+        """Ends every call that still runs, now, with GATEWAY_DRAINING: their grace is over."""
+        self.draining = self._closed = True
+        for timer in self._timers:
+            timer.reschedule(asyncio.get_running_loop().time())
+
     def refuse_if_draining(self) -> None:
         """Raises GATEWAY_DRAINING once this instance takes nothing new."""
         if self.draining:
-            raise GatewayError(
-                error_reason_pb2.ERROR_REASON_GATEWAY_DRAINING,
-                "this gateway is shutting down",
-                retry_after=0.0,
-                retry_helps=True,
-            )
+            raise _shutting_down({})
 
     def _out_of_time(self, call: Call) -> GatewayError:
         metadata = _trail(call)
+        if self._closed:
+            return _shutting_down(metadata)
         if call.deadline_is_callers:
             return GatewayError(
                 error_reason_pb2.ERROR_REASON_DEADLINE_EXCEEDED,
@@ -708,6 +718,16 @@ def printable(text: str) -> str:
     text = " ".join(text.split())
     short = text[:MESSAGE_CHARACTERS].encode()[:MESSAGE_BYTES].decode(errors="ignore")
     return text if short == text else short[:-1] + "\u2026"
+
+
+def _shutting_down(metadata: Mapping[str, str]) -> GatewayError:
+    return GatewayError(
+        error_reason_pb2.ERROR_REASON_GATEWAY_DRAINING,
+        "this gateway is shutting down",
+        retry_after=0.0,
+        retry_helps=True,
+        metadata=metadata,
+    )
 
 
 def _usage_facts(usage: chat_pb2.Usage) -> dict[str, str]:
