@@ -134,7 +134,7 @@ async def test_a_session_that_the_gateway_ends_is_closed(start: Start) -> None:
         streaming = gateway.chat.StreamChat(stream_request(request(), mode=CUMULATIVE), timeout=20)
         snapshots: list[Snapshot] = []
         while "STREAMING" not in states(snapshots):
-            snapshots.append((await streaming.read()).snapshot)
+            snapshots.append((await anext(aiter(streaming))).snapshot)
         waiting = asyncio.ensure_future(failing(gateway.chat.Chat(request(), timeout=20)))
         await until(lambda: served.open == 2)
         gateway.running.gateway.close()
