@@ -17,12 +17,12 @@ from tokenwire_service.errors import UpstreamFault
 from tokenwire_service.folding import Fold, unfolded
 from tokenwire_service.stops import StopFilter, cut
 from tokenwire_service.upstream import sse
-from tokenwire_service.upstream.openai import OpenAI
+from tokenwire_service.upstream.openai_answers import OpenAIStream
 
 
 def events_of(item: runner.Item) -> list[chat_service_pb2.StreamChatResponse]:
     """What the decoder makes of a recording; raises its fault."""
-    events, decoder = sse.Decoder(1 << 23), OpenAI().stream_decoder()
+    events, decoder = sse.Decoder(1 << 23), OpenAIStream()
     out = []
     for event in events.feed(item.data["body"].encode()):
         out += decoder.feed(event)
