@@ -69,7 +69,7 @@ SERVERS := litellm transformers llama_cpp
 build/servers/%/.complete: tests/servers/%.txt $(BIN)/.complete
 	@echo "Installing $* into $(@D)..."
 	@test -x $(@D)/venv/bin/python || $(PYTHON) -m venv $(@D)/venv
-	@nice $(BIN)/uv pip install --quiet --python $(@D)/venv/bin/python --require-hashes --no-deps -r $<
+	@nice $(BIN)/uv pip install --quiet --compile-bytecode --python $(@D)/venv/bin/python --require-hashes --no-deps -r $<
 	@touch $@
 
 .PHONY: setup-servers
