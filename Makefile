@@ -51,7 +51,8 @@ lock: $(BIN)/.complete ## Resolve the newest versions into the hash-pinned requi
 	compile="$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header"; \
 	$$compile protos/requirements.in -o protos/requirements.txt; \
 	$$compile service/requirements.in -o service/requirements.txt; \
-	$$compile tests/requirements.in -c service/requirements.txt -o tests/requirements.txt
+	$$compile tests/requirements.in -c service/requirements.txt -o tests/requirements.txt; \
+	for server in $(SERVERS); do $$compile tests/servers/$$server.in -o tests/servers/$$server.txt; done
 
 # An upstream written by others: see tests/aimock. CI must test against it; a developer's
 # machine without Node, or offline, skips those tests.
@@ -60,6 +61,23 @@ build/npm/.complete: tests/aimock/package.json tests/aimock/package-lock.json te
 	@cp $^ $(@D)
 	@if npm ci --prefix $(@D) --prefer-offline --ignore-scripts --no-audit --no-fund --loglevel=error >/dev/null; \
 	then touch $@; else echo "npm cannot install aimock: its tests fail in CI and are skipped elsewhere"; test -z "$${CI:-}"; fi
+
+# Upstreams written by others that are too heavy for CI: gigabytes of torch, a quarter of an hour
+# of C++. Each lives apart: see tests/servers.
+SERVERS := litellm transformers llama_cpp
+
+build/servers/%/.complete: tests/servers/%.txt $(BIN)/.complete
+	@echo "Installing $* into $(@D)..."
+	@test -x $(@D)/venv/bin/python || $(PYTHON) -m venv $(@D)/venv
+	@nice $(BIN)/uv pip install --quiet --compile-bytecode --python $(@D)/venv/bin/python --require-hashes --no-deps -r $<
+	@touch $@
+
+.PHONY: setup-servers
+setup-servers: $(SERVERS:%=build/servers/%/.complete) ## Install the servers by others that test-servers tests against
+
+.PHONY: test-servers
+test-servers: setup-servers ## Test against LiteLLM, transformers and llama.cpp (heavy: not in CI)
+	$(BIN)/pytest tests/servers $(ARGS)
 
 # --- clients ------------------------------------------------------------------------
 # Each client but Python's has a Makefile of its own with the targets: available (fails without

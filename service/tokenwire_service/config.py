@@ -12,17 +12,22 @@ import ssl
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
+from urllib.parse import unquote
 
 import msgspec
+from google.protobuf.descriptor import FieldDescriptor
 from msgspec import UNSET
 
+from tokenwire.v1.chat_pb2 import GenerationParams
 from tokenwire_service import textfile
 from tokenwire_service.keyset import A_KEY, NOT_A_KEY, Naming, are_keys, file_texts, split
 from tokenwire_service.providers import PROFILES
 from tokenwire_service.secret import Digest, Secret
 from tokenwire_service.settings import (
     DEFAULT_ADMIN,
+    DEFAULT_CAP,
     OPENAI_BASE_URL,
+    TYPED_ONLY,
     Admin,
     Caller,
     Config,
@@ -145,7 +150,7 @@ class _Loading:
             config,
             listen=self._listen(listen, config.listen),
             tls=self._absolute(config.tls),
-            upstreams=tuple(map(self._with_entries, upstreams)),
+            upstreams=tuple(self._with_proxy(self._with_entries(each)) for each in upstreams),
         )
         config = msgspec.structs.replace(config, models=tuple(self._models(config)))
         self._check_whole(config)
@@ -333,6 +338,31 @@ class _Loading:
         entries = self._entries.get(("upstreams", upstream.name), [])
         return msgspec.structs.replace(upstream, key_entries=tuple(entries))
 
+    def _with_proxy(self, upstream: Upstream) -> Upstream:
+        """The proxy that a variable names, its user and password apart: an URL is shown."""
+        if not upstream.proxy_env:
+            return upstream
+        place: Place = ("upstreams", upstream.name, "proxy_env")
+        if upstream.proxy:
+            self._reader.problem(place, "both proxy and proxy_env", "one of them")
+            return upstream
+        value = self._variable(upstream.proxy_env)
+        if not value:
+            state = "empty" if upstream.proxy_env in self._environ else "not set"
+            got = f"{upstream.proxy_env}, which is {state}"
+            self._reader.problem(place, got, "a variable with a value")
+            return upstream
+        scheme, found, rest = value.partition("://")
+        login, at, address = rest.rpartition("@")
+        try:
+            url = convert(f"{scheme}{found}{address}", Url)
+        except ValueError as error:
+            expected = f"{error}; a user and a password may be in it"
+            self._reader.problem(place, "a value that is not shown", expected)
+            return upstream
+        secret = Secret(unquote(login)) if at else None
+        return msgspec.structs.replace(upstream, proxy=url, proxy_login=secret)
+
     def _models(self, config: Config) -> Iterator[Model]:
         upstreams = {upstream.name: upstream for upstream in config.upstreams}
         # Also those too broken to read: one mistake, one problem.
@@ -352,7 +382,12 @@ class _Loading:
                     self._reader.problem(where, got, "a name that is used once")
                 owners.setdefault(alias, model.name)
             self._check_fallbacks(model, place, config)
+            model = self._with_cap(model, place)
             self._check_tokens(model, place)
+            self._check_renames(model, place)
+            for name in sorted(TYPED_ONLY & json.loads(model.extra_body or "{}").keys()):
+                where = (*place, "extra_body", name)
+                self._reader.problem(where, "what the gateway sets", "other fields")
             self._check_roles(model, (*place, "role_templates"))
             model = self._with_tokenizer_file(model, place)
             if upstream := upstreams.get(model.upstream):
@@ -362,7 +397,8 @@ class _Loading:
                     unsupported = PROFILES[profile].unsupported if profile else frozenset()
                 unsupported |= model.unsupported_parameters
                 for parameter, _ in model.defaults.ListFields():
-                    if parameter.name in unsupported:
+                    sent_as = model.rename_parameters.get(parameter.name, parameter.name)
+                    if sent_as in unsupported:
                         got = "a default for a parameter that its upstream does not take"
                         where = (*place, "defaults", parameter.name)
                         self._reader.problem(where, got, "none, or other unsupported_parameters")
@@ -376,6 +412,37 @@ class _Loading:
                 hint = did_you_mean(name, known)
                 expected = f"another model: {', '.join(known)}{hint}" if known else "none"
                 self._reader.problem(where, quoted(name), expected)
+
+    def _with_cap(self, model: Model, place: Place) -> Model:
+        """A model that names no cap has the default one; one that says `null` has none."""
+        named = (*place, "max_completion_tokens") in self._reader.positions
+        if named or "reasoning" in model.capabilities:  # whose thoughts count, too
+            return model
+        window, default = model.context_window_tokens, model.defaults.max_completion_tokens
+        if window and default > window:
+            where = (*place, "defaults", "max_completion_tokens")
+            expected = f"no more than context_window_tokens, {window}"
+            self._reader.problem(where, str(default), expected)
+            return model
+        cap = max(min(DEFAULT_CAP, window or DEFAULT_CAP), default)
+        return msgspec.structs.replace(model, max_completion_tokens=cap)
+
+    def _check_renames(self, model: Model, place: Place) -> None:
+        fields = GenerationParams.DESCRIPTOR.fields_by_name
+        seen: dict[str, str] = {}
+        for source, target in model.rename_parameters.items():
+            where = (*place, "rename_parameters", source)
+            numbers = (FieldDescriptor.TYPE_DOUBLE, FieldDescriptor.TYPE_INT32)
+            same = fields[source].type == fields[target].type
+            if source == target or not same or fields[source].type not in numbers:
+                expected = f"another parameter that is a number as {source} is"
+                self._reader.problem(where, quoted(target), expected)
+            elif target in seen or target in model.rename_parameters:
+                self._reader.problem(where, quoted(target), "a parameter that is renamed once")
+            elif model.defaults.HasField(source) and model.defaults.HasField(target):  # type: ignore[arg-type]  # names of fields
+                got = f"{quoted(target)}, which has a default beside that of {source}"
+                self._reader.problem(where, got, "one default for both")
+            seen[target] = source
 
     def _check_tokens(self, model: Model, place: Place) -> None:
         window, cap = model.context_window_tokens, model.max_completion_tokens
@@ -557,7 +624,9 @@ def _summary(config: Config) -> Iterator[str]:
             )
     for model in config.models:
         also = f"  also {', '.join(model.aliases)}" if model.aliases else ""
-        yield f"model      {model.name} -> {model.upstream} {model.upstream_model}{also}"
+        cap = model.max_completion_tokens
+        most = f"  at most {cap} tokens" if cap else ""
+        yield f"model      {model.name} -> {model.upstream} {model.upstream_model}{also}{most}"
     for upstream in config.upstreams:
         if upstream.passthrough:
             yield f"model      any other name -> {upstream.name}"

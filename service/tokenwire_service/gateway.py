@@ -14,10 +14,10 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from tokenwire.v1 import (
     chat_pb2,
@@ -37,6 +37,7 @@ from tokenwire_service.errors import (
     Violation,
     reason_name,
 )
+from tokenwire_service.folding import Fold, unfolded
 from tokenwire_service.keyring import (
     COOLDOWN_CAP,
     FIRST_COOLDOWN,
@@ -50,13 +51,14 @@ from tokenwire_service.providers import proto_path as field_path
 from tokenwire_service.relay import HEARTBEAT_SECONDS, Outbox, Write
 from tokenwire_service.retry import Backoff, RetryBudget
 from tokenwire_service.secret import Scrubber, Secret
-from tokenwire_service.stops import StopFilter, cut_at, stopped
+from tokenwire_service.stops import StopFilter, cut
 from tokenwire_service.telemetry import ABANDONED, AttemptEvent, Observer
 from tokenwire_service.tokens import tokenizer_for
 from tokenwire_service.upstream.client import Progress
 from tokenwire_service.upstream.dialect import Encoded, Route
 
 T = TypeVar("T")
+StreamChatResponse = chat_service_pb2.StreamChatResponse
 
 _BYTES_PER_TOKEN = 4  # see `estimate`
 
@@ -117,6 +119,7 @@ class Plan:
     route: Route
     pool: Pool
     encoded: Encoded
+    streams: bool = False  # whether the upstream is asked for a stream, whatever the caller gets
     patient: bool = True  # waits for what cools: not while there is another model to ask
     avoid: frozenset[str] = frozenset()  # quota groups that this request is too large for
     seen: Counter[Fault] = field(default_factory=Counter)  # what its attempts met
@@ -146,6 +149,46 @@ class Attempt:
     def committed(self) -> bool:
         """True once a message went to the caller: nothing may be retried from then on."""
         return self.outbox is not None and self.outbox.committed
+
+
+class _Sink(Protocol):
+    """Where a stream goes: an Outbox to a caller, or together."""
+
+    @property
+    def wake_at(self) -> float:
+        """When to call `tick` though nothing arrived."""
+
+    async def tick(self) -> None:
+        """Called at `wake_at`."""
+
+    async def send(self, events: Sequence[StreamChatResponse]) -> None:
+        """What arrived, without the end."""
+
+    async def finish(self, events: Sequence[StreamChatResponse]) -> None:
+        """The finishes and the trailer, after everything else."""
+
+
+class _Gathered:
+    """Keeps a stream for a caller who wants a whole answer; bounded as whole answers are."""
+
+    wake_at = math.inf
+
+    def __init__(self, limit: int) -> None:
+        self.fold = Fold()
+        self._limit = limit
+
+    async def tick(self) -> None:
+        """Nothing is sent before the end."""
+
+    async def send(self, events: Sequence[StreamChatResponse]) -> None:
+        """Keeps them. Raises UpstreamFault if they are too many."""
+        self.fold.add(events)
+        if self.fold.size > self._limit:
+            raise UpstreamFault(Fault.PROTOCOL, f"the answer exceeds {self._limit} bytes")
+
+    async def finish(self, events: Sequence[StreamChatResponse]) -> None:
+        """Keeps the end."""
+        self.fold.add(events)
 
 
 class Gateway:
@@ -183,6 +226,8 @@ class Gateway:
         # Of each upstream, with the keys it was made for: to make one takes a while.
         self._scrubbers: dict[str, tuple[tuple[Key, ...], Scrubber]] = {}
         self.draining = False
+        self._closed = False
+        self._timers: set[asyncio.Timeout] = set()  # of the calls that run
 
     @property
     def in_flight(self) -> int:
@@ -204,21 +249,15 @@ class Gateway:
     async def chat(self, call: Call) -> chat_service_pb2.ChatResponse:
         """The whole answer. Raises GatewayError."""
 
-        async def fetch(attempt: Attempt) -> chat_service_pb2.ChatResponse:
-            plan = attempt.plan
-            response = await plan.pool.client.fetch(plan.encoded, attempt.lease, attempt.progress)
-            self._fill(response.header, call, attempt)
-            for choice in response.choices:
-                at = cut_at(choice.message.content, plan.encoded.stop)
-                if at is not None:
-                    choice.message.content = choice.message.content[:at]
-                    choice.finish_reason = stopped(choice.finish_reason)
-            if response.HasField("usage"):
-                attempt.progress.usage = response.usage
-            return response
+        async def use(attempt: Attempt) -> chat_service_pb2.ChatResponse:
+            if not attempt.plan.streams:
+                return await self._fetched(call, attempt)
+            gathered = _Gathered(self._config.limits.upstream_answer_bytes)
+            await self._read(call, attempt, gathered)
+            return gathered.fold.response()
 
         async with self._admitted(call):
-            return await self._answer(call, fetch)
+            return await self._answer(call, use, stream=False)
 
     async def stream(
         self, call: Call, write: Write, *, cumulative: bool = False, max_delay: float = 0.0
@@ -234,48 +273,68 @@ class Gateway:
             heartbeat=self._heartbeat,
         )
 
-        async def relay(attempt: Attempt) -> None:
+        async def use(attempt: Attempt) -> None:
             attempt.outbox = outbox
-            plan = attempt.plan
-            stops = StopFilter(plan.encoded.stop)
-            async with plan.pool.client.open(
-                plan.encoded, attempt.lease, attempt.progress
-            ) as answer:
-                try:
-                    while (events := await answer.read(outbox.wake_at)) is not None:
-                        if not events:
-                            await outbox.tick()
-                            continue
-                        if events[0].WhichOneof("event") == "header":
-                            self._fill(events[0].header, call, attempt)
-                            # What waits on a probe waits no more.
-                            self._accepted(attempt)
-                            plan.pool.look()
-                        await outbox.send(stops.apply(events))
-                    tail = answer.finish()
-                    if tail[0].WhichOneof("event") == "header":
-                        self._fill(tail[0].header, call, attempt)
-                    await outbox.finish(stops.apply(tail))
-                finally:
-                    call.usage = attempt.progress.usage = answer.usage
+            if attempt.plan.streams:
+                await self._read(call, attempt, outbox)
+                return
+            events = unfolded(await self._fetched(call, attempt))
+            ended = next(i for i, e in enumerate(events) if e.WhichOneof("event") == "finish")
+            await outbox.send(events[:ended])
+            await outbox.finish(events[ended:])
 
         try:
             async with self._admitted(call):
-                await self._answer(call, relay, outbox)
+                await self._answer(call, use, stream=True, outbox=outbox)
         except GatewayError as error:
             if outbox.committed:
                 call.usage = call.usage or estimate(call.chat, outbox.delivered_bytes)
                 error.metadata = {**error.metadata, **_usage_facts(call.usage)}
                 if error.reason == error_reason_pb2.ERROR_REASON_UPSTREAM_TIMEOUT:
                     error.reason = error_reason_pb2.ERROR_REASON_UPSTREAM_STREAM_INTERRUPTED
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(max(_LAST_WORDS, call.deadline - self._now())):
-                        await outbox.fail(error)
+                error.retry_helps, error.retry_after = False, None  # it would repeat the text
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(_LAST_WORDS, call.deadline - self._now())):
+                    await outbox.fail(error)
             raise
         finally:
             call.first_token_at = outbox.first_delta_at
             if outbox.committed:
                 call.usage = call.usage or estimate(call.chat, outbox.delivered_bytes)
+
+    async def _fetched(self, call: Call, attempt: Attempt) -> chat_service_pb2.ChatResponse:
+        """The upstream's answer, asked for and come as a whole."""
+        plan = attempt.plan
+        response = await plan.pool.client.fetch(plan.encoded, attempt.lease, attempt.progress)
+        self._fill(response.header, call, attempt)
+        cut(response, plan.encoded.stop)
+        if response.HasField("usage"):
+            call.usage = attempt.progress.usage = response.usage
+        return response
+
+    async def _read(self, call: Call, attempt: Attempt, sink: _Sink) -> None:
+        """Hands over the upstream's stream as it comes. The end is handed over only of an answer
+        that is proven complete."""
+        plan = attempt.plan
+        stops = StopFilter(plan.encoded.stop)
+        async with plan.pool.client.open(plan.encoded, attempt.lease, attempt.progress) as answer:
+            try:
+                while (events := await answer.read(sink.wake_at)) is not None:
+                    if not events:
+                        await sink.tick()
+                        continue
+                    if events[0].WhichOneof("event") == "header":
+                        self._fill(events[0].header, call, attempt)
+                        # What waits on a probe waits no more.
+                        self._accepted(attempt)
+                        plan.pool.look()
+                    await sink.send(stops.apply(events))
+                tail = answer.finish()
+                if tail[0].WhichOneof("event") == "header":
+                    self._fill(tail[0].header, call, attempt)
+                await sink.finish(stops.apply(tail))
+            finally:
+                call.usage = attempt.progress.usage = answer.usage
 
     async def models(self, call: Call) -> list[model_service_pb2.Model]:
         """Configured models, then what the pass-through upstream says it serves."""
@@ -319,7 +378,11 @@ class Gateway:
         timer = asyncio.timeout(seconds)
         try:
             async with timer:
-                yield
+                self._timers.add(timer)
+                try:
+                    yield
+                finally:
+                    self._timers.discard(timer)
         except GatewayError as error:
             error.metadata = {**error.metadata, **_trail(call)}
             raise
@@ -328,18 +391,21 @@ class Gateway:
                 raise
             raise self._out_of_time(call) from None
 
+    def close(self) -> None:
+        """Ends every call that still runs, now, with GATEWAY_DRAINING: their grace is over."""
+        self.draining = self._closed = True
+        for timer in self._timers:
+            timer.reschedule(asyncio.get_running_loop().time())
+
     def refuse_if_draining(self) -> None:
         """Raises GATEWAY_DRAINING once this instance takes nothing new."""
         if self.draining:
-            raise GatewayError(
-                error_reason_pb2.ERROR_REASON_GATEWAY_DRAINING,
-                "this gateway is shutting down",
-                retry_after=0.0,
-                retry_helps=True,
-            )
+            raise _shutting_down({})
 
     def _out_of_time(self, call: Call) -> GatewayError:
         metadata = _trail(call)
+        if self._closed:
+            return _shutting_down(metadata)
         if call.deadline_is_callers:
             return GatewayError(
                 error_reason_pb2.ERROR_REASON_DEADLINE_EXCEEDED,
@@ -394,7 +460,12 @@ class Gateway:
     # --- attempts -----------------------------------------------------------------------
 
     async def _answer(
-        self, call: Call, use: Callable[[Attempt], Awaitable[T]], outbox: Outbox | None = None
+        self,
+        call: Call,
+        use: Callable[[Attempt], Awaitable[T]],
+        *,
+        stream: bool,
+        outbox: Outbox | None = None,
     ) -> T:
         """Asks the model's upstream, then those of its fallbacks, until one answers. If none does,
         waits for the soonest of those that only cool; else the caller hears of the model it asked
@@ -406,7 +477,7 @@ class Gateway:
         for name in (call.chat.model, *names):
             plan = None
             try:
-                plan = self._plan(call, self.route(name), stream=outbox is not None)
+                plan = self._plan(call, self.route(name), stream=stream)
                 plan.patient = not names
                 return await self._held(call, plan, use)
             except GatewayError as error:
@@ -430,9 +501,11 @@ class Gateway:
         raise errors[0]
 
     def _plan(self, call: Call, route: Route, *, stream: bool) -> Plan:
+        """`stream`: what the caller asked for; the upstream may have to be asked otherwise."""
         pool = self._pools[route.upstream.name]
-        dialect = pool.client.dialect(route)
-        return Plan(route, pool, dialect.encode(call.chat, route, stream=stream))
+        streams = {"always": True, "never": False}.get(route.streaming, stream)
+        encoded = pool.client.dialect(route).encode(call.chat, route, stream=streams)
+        return Plan(route, pool, encoded, streams)
 
     async def _held(self, call: Call, plan: Plan, use: Callable[[Attempt], Awaitable[T]]) -> T:
         """Holds a slot of the upstream, then one of the gateway, while the plan is tried: who
@@ -790,6 +863,16 @@ def printable(text: str) -> str:
     text = " ".join(text.split())
     short = text[:MESSAGE_CHARACTERS].encode()[:MESSAGE_BYTES].decode(errors="ignore")
     return text if short == text else short[:-1] + "\u2026"
+
+
+def _shutting_down(metadata: Mapping[str, str]) -> GatewayError:
+    return GatewayError(
+        error_reason_pb2.ERROR_REASON_GATEWAY_DRAINING,
+        "this gateway is shutting down",
+        retry_after=0.0,
+        retry_helps=True,
+        metadata=metadata,
+    )
 
 
 def _usage_facts(usage: chat_pb2.Usage) -> dict[str, str]:

@@ -7,13 +7,12 @@ meanwhile comes as one read: the slower the caller, the larger the messages. The
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
 
 from tokenwire.v1 import chat_pb2, chat_service_pb2, error_reason_pb2
 from tokenwire_service.errors import TIMER, GatewayError
+from tokenwire_service.folding import Growing
 from tokenwire_service.timer import Within
 
 StreamChatResponse = chat_service_pb2.StreamChatResponse
@@ -47,7 +46,7 @@ class Outbox:
     ) -> None:
         self._write = write
         self._write_timeout = write_timeout
-        self._snapshots: dict[int, chat_pb2.ChatMessage] | None = {} if cumulative else None
+        self._snapshots: dict[int, Growing] | None = {} if cumulative else None
         self._max_delay = max_delay
         self._started = started
         self._now = now
@@ -100,6 +99,7 @@ class Outbox:
                 self._queue(event)
                 continue
             if kind == "finish" and self._snapshots is not None:
+                self._begin(event.finish.choice_index)
                 self._queue(self._snapshot(event.finish.choice_index, Snapshot.STATE_ENDED))
             elif kind == "trailer" and self.first_delta_at is not None:
                 elapsed = max(0.0, self.first_delta_at - self._started)
@@ -109,17 +109,20 @@ class Outbox:
         await self.flush()
 
     async def fail(self, error: GatewayError) -> None:
-        """In cumulative mode, the last snapshots carry the legacy error state. Only after the
-        commit: before it, the status alone speaks, so that the caller may still retry. Nor after
-        a write that the deadline or the caller broke off: gRPC takes no other until it is done."""
-        if not self._writable or not self.committed:
+        """In cumulative mode, the last snapshots carry the legacy error state. Before the commit
+        only where a retry would not help (see `refusal`). Never after a write that the deadline or
+        the caller broke off: gRPC takes no other until it is done."""
+        if not self._writable:
+            return
+        if not self.committed:
+            if self._snapshots is not None and (last := refusal(error)) is not None:
+                await self._send(last)
             return
         await self.flush()
         if self._snapshots is None:
             return
-        state = LEGACY_STATES.get(error.reason_name, Snapshot.STATE_SERVER_ERROR)
         for index in sorted(self._snapshots):
-            await self._put(self._snapshot(index, state))
+            await self._put(self._snapshot(index, _state(error)))
 
     async def flush(self) -> None:
         """Writes everything that is held."""
@@ -131,6 +134,9 @@ class Outbox:
 
     async def _put(self, message: StreamChatResponse) -> None:
         self.committed = True
+        await self._send(message)
+
+    async def _send(self, message: StreamChatResponse) -> None:
         self._writable = False
         timer = Within(self._write_timeout)
         try:
@@ -157,7 +163,8 @@ class Outbox:
                 self.first_delta_at = self._now()
             if self._snapshots is not None:
                 index = event.delta.choice_index
-                append(self._snapshots.setdefault(index, _assistant()), event.delta)
+                self._begin(index)
+                self._snapshots[index].add(event.delta)
                 event = self._snapshot(index, Snapshot.STATE_STREAMING)
         size = event.ByteSize()
         grows = event.HasField("delta")  # while a snapshot takes the place of the one before
@@ -170,12 +177,17 @@ class Outbox:
             self._joined_bytes = size
             self._held_bytes += size
 
+    def _begin(self, index: int) -> None:
+        """The first snapshot of a choice says that it is there, with nothing generated. Not before
+        its upstream has begun to answer: a message, once sent, ends all retries."""
+        assert self._snapshots is not None
+        if index not in self._snapshots:
+            self._snapshots[index] = Growing()
+            self._queue(self._snapshot(index, Snapshot.STATE_READY))
+
     def _snapshot(self, index: int, state: Snapshot.State.ValueType) -> StreamChatResponse:
         assert self._snapshots is not None
-        message = self._snapshots.setdefault(index, _assistant())
-        return StreamChatResponse(
-            snapshot=Snapshot(state=state, choice_index=index, message=message)
-        )
+        return _snapshot(index, state, self._snapshots[index].message())
 
 
 # Legacy integer states of lagent: OUT_OF_LIMIT -3, INVALID_ARG -4, CLOSED -2, else SERVER_ERR -1.
@@ -186,11 +198,26 @@ LEGACY_STATES = {
     "UNKNOWN_ROLE": Snapshot.STATE_INVALID_ARGUMENT,
     "CANCELLED": Snapshot.STATE_CLOSED,
     "DEADLINE_EXCEEDED": Snapshot.STATE_CLOSED,
+    "GATEWAY_DRAINING": Snapshot.STATE_CLOSED,
 }
 
 
-def _assistant() -> chat_pb2.ChatMessage:
-    return chat_pb2.ChatMessage(role="assistant")
+def refusal(error: GatewayError) -> StreamChatResponse | None:
+    """The one snapshot of a cumulative stream that fails before its first text: the error's legacy
+    state. None where trying again may help: the status alone leaves the caller free to do so."""
+    if error.retry_helps:
+        return None
+    return _snapshot(0, _state(error), chat_pb2.ChatMessage(role="assistant"))
+
+
+def _state(error: GatewayError) -> Snapshot.State.ValueType:
+    return LEGACY_STATES.get(error.reason_name, Snapshot.STATE_SERVER_ERROR)
+
+
+def _snapshot(
+    index: int, state: Snapshot.State.ValueType, message: chat_pb2.ChatMessage
+) -> StreamChatResponse:
+    return StreamChatResponse(snapshot=Snapshot(state=state, choice_index=index, message=message))
 
 
 def _text_bytes(delta: chat_service_pb2.Delta) -> int:
@@ -205,7 +232,10 @@ def _join(last: StreamChatResponse, event: StreamChatResponse) -> bool:
     kind = last.WhichOneof("event")
     if kind != event.WhichOneof("event"):
         return False
-    if kind == "snapshot" and last.snapshot.choice_index == event.snapshot.choice_index:
+    if kind == "snapshot":
+        before, after = last.snapshot, event.snapshot
+        if before.choice_index != after.choice_index or before.state == Snapshot.STATE_READY:
+            return False
         last.CopyFrom(event)  # it says all of `last` and more
         return True
     if kind != "delta":
@@ -224,47 +254,3 @@ def _join(last: StreamChatResponse, event: StreamChatResponse) -> bool:
     into.logprobs.extend(delta.logprobs)
     into.annotations.extend(delta.annotations)
     return True
-
-
-def append(message: chat_pb2.ChatMessage, delta: chat_service_pb2.Delta) -> None:
-    """Adds a delta to the message so far."""
-    if delta.content:
-        message.content += delta.content
-    if delta.reasoning:
-        message.reasoning += delta.reasoning
-    if delta.refusal:
-        message.refusal += delta.refusal
-    message.annotations.extend(delta.annotations)
-    if delta.extra_json:
-        message.extra_json = _grown(message.extra_json, delta.extra_json)
-    for part in delta.tool_calls:
-        while len(message.tool_calls) <= part.index:
-            message.tool_calls.add()
-        call = message.tool_calls[part.index]
-        call.id = call.id or part.id
-        if part.custom or call.HasField("custom"):
-            call.custom.name = call.custom.name or part.name
-            call.custom.input += part.arguments
-        else:
-            call.function.name = call.function.name or part.name
-            call.function.arguments_json += part.arguments
-
-
-def _grown(before: str, new: str) -> str:
-    """Unmodelled fields so far. They are a courtesy: what cannot be read must not cost the text."""
-    try:
-        return json.dumps(_added(json.loads(before or "{}"), json.loads(new)))
-    except (ValueError, RecursionError):
-        return before or new
-
-
-def _added(before: Any, new: Any) -> Any:
-    """As deltas mean it: texts and lists grow, objects merge, anything else is replaced."""
-    if isinstance(before, dict) and isinstance(new, dict):
-        shared = {name: _added(before[name], new[name]) for name in before.keys() & new.keys()}
-        return {**before, **new, **shared}
-    if isinstance(before, str) and isinstance(new, str):
-        return before + new
-    if isinstance(before, list) and isinstance(new, list):
-        return before + new
-    return new

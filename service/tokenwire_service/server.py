@@ -68,6 +68,9 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
+_LAST_WORDS = 1.0  # seconds after the grace for the statuses of calls that were cut off
+
+
 class ListenError(Exception):
     """The port cannot be opened."""
 
@@ -229,9 +232,15 @@ async def serve_until_signalled(
                 insisted = await _next(signals, {ended}, config.drain.propagation)
             running.gateway.draining = True
             if insisted is None:
-                stopping = asyncio.ensure_future(running.server.stop(config.drain.grace))
+                # Longer than we wait: what is left then is told why by us, not cut off by gRPC.
+                stopping = asyncio.ensure_future(
+                    running.server.stop(config.drain.grace + 2 * _LAST_WORDS)
+                )
                 idle = asyncio.ensure_future(running.boundary.idle())
-                insisted = await _next(signals, {stopping, idle})
+                insisted = await _next(signals, {stopping, idle}, config.drain.grace)
+                if not idle.done():
+                    running.gateway.close()
+                    await asyncio.wait({stopping, idle}, timeout=_LAST_WORDS)
                 idle.cancel()
             # Also what watches health or reflects, and would do so until the grace is over.
             await running.server.stop(0)

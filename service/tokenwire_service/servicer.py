@@ -24,6 +24,7 @@ from tokenwire_service.interceptors import (
     internal_error,
     rpc_status,
 )
+from tokenwire_service.relay import refusal
 from tokenwire_service.tokens import TokenCounter, tokenizer_for
 from tokenwire_service.upstream.request import turns
 from tokenwire_service.validation import check
@@ -62,14 +63,20 @@ class ChatServicer:
     ) -> None:
         """One answer as it grows."""
         context.model, context.labels = request.chat.model, dict(request.chat.labels)
-        check(request)
+        cumulative = request.mode == chat_service_pb2.STREAM_MODE_CUMULATIVE
+        try:
+            check(request)
+        except GatewayError as error:
+            if cumulative and (last := refusal(error)) is not None:
+                await context.write(last)
+            raise
         call = begin(request.chat, context, self._config, self._now)
         try:
             with admitted(call, context):
                 await self._gateway.stream(
                     call,
                     context.write,
-                    cumulative=request.mode == chat_service_pb2.STREAM_MODE_CUMULATIVE,
+                    cumulative=cumulative,
                     max_delay=request.max_delay.ToNanoseconds() / 1e9,
                 )
         except GatewayError as error:

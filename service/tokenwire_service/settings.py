@@ -33,6 +33,11 @@ DEFAULT_ADMIN = "127.0.0.1:50052"
 ADMIN_OFF = "off"
 OPENAI_BASE_URL = "https://api.openai.com/v1"
 
+# The cap of a configured model that names none, unless it says that it reasons.
+DEFAULT_CAP = 4096
+# What a configured model's extra_body may not set.
+TYPED_ONLY = frozenset({"model", "messages", "stream"})
+
 # Set per request by the gateway or by HTTP itself.
 _RESERVED_HEADERS = re.compile(
     r"accept|accept-encoding|connection|content-.*|expect|host|keep-alive|openai-organization|"
@@ -449,8 +454,16 @@ class Upstream(Struct, frozen=True, kw_only=True):
     in_flight: Annotated[int, _whole(1, 100_000)] | None = None
     # Sent with every request.
     headers: Mapping[HeaderName, HeaderValue] = {}
+    # When this upstream is asked for a stream: as the caller asks, always (it answers in no other
+    # way), or never (it cannot). What callers get is what they ask for.
+    streaming: Literal["as_asked", "always", "never"] = "as_asked"
     # HTTP proxy. None: a direct connection; proxy variables of the environment are not used.
     proxy: Url | None = None
+    # Environment variable that holds the proxy's URL in place of `proxy`, user and password with it
+    # if it asks for them.
+    proxy_env: EnvironmentName | None = None
+    # `user:password` for the proxy.
+    proxy_login: Annotated[Secret | None, Internal] = None
     timeouts: UpstreamTimeouts = UpstreamTimeouts()
     # Fields of GenerationParams that this upstream does not take. None: what its dialect knows.
     unsupported_parameters: frozenset[Parameter] | None = None
@@ -472,9 +485,13 @@ class Model(Struct, frozen=True, kw_only=True):
     # Models to ask instead, in order, when the upstream of this one cannot answer. Keys that cool
     # are waited for only when these cannot answer either.
     fallbacks: tuple[ModelName, ...] = ()
+    # None: the upstream's.
+    streaming: Literal["as_asked", "always", "never"] | None = None
     # Prompt and answer together; None: unknown. For ListModels.
     context_window_tokens: Annotated[int, _whole(1, 2**31 - 1)] | None = None
-    # Requests that ask for more are lowered to it; None: no cap.
+    # Requests that ask for more, or do not say, are given this; None: no cap. Read from a file, the
+    # default is DEFAULT_CAP, or what `defaults` names if that is more, and never more than the
+    # window; none with the capability `reasoning`.
     max_completion_tokens: Annotated[int, _whole(1, 2**31 - 1)] | None = None
     # Open set: tools, json_schema, vision, reasoning, ... For ListModels.
     capabilities: tuple[Name, ...] = ()
@@ -487,6 +504,10 @@ class Model(Struct, frozen=True, kw_only=True):
     defaults: Annotated[GenerationParams, Meta(extra={"fields": PARAMETERS})] = field(
         default_factory=GenerationParams
     )
+    # Parameter -> parameter of the same type that its value is sent as.
+    rename_parameters: Mapping[Parameter, Parameter] = {}
+    # JSON object merged (RFC 7396) into the upstream body, beneath the request's extra_body_json.
+    extra_body: Annotated[str, Meta(description="a mapping", extra={"json": True})] = ""
     # Used by requests that bring none. Roles are unique; every fallback_role is known.
     role_templates: tuple[Annotated[RoleTemplate, Meta(extra={"fields": _ROLE_TEMPLATE})], ...] = ()
     # On top of the upstream's.

@@ -35,11 +35,13 @@ class StopFilter:
                 delta.content = self._pass(delta.choice_index, delta.content)
                 if not delta.content and _is_empty(delta):
                     continue
-            elif kind == "finish" and (rest := self._held.pop(event.finish.choice_index, "")):
-                last = chat_service_pb2.Delta(content=rest, choice_index=event.finish.choice_index)
-                out.append(StreamChatResponse(delta=last))
-            if kind == "finish" and event.finish.choice_index in self._stopped:
-                event.finish.finish_reason = stopped(event.finish.finish_reason)
+            elif kind == "finish":
+                index = event.finish.choice_index
+                if index in self._stopped:
+                    event.finish.finish_reason = _why_cut(event.finish.finish_reason)
+                elif rest := self._held.pop(index, ""):
+                    last = chat_service_pb2.Delta(content=rest, choice_index=index)
+                    out.append(StreamChatResponse(delta=last))
             out.append(event)
         return out
 
@@ -58,10 +60,13 @@ class StopFilter:
         return text
 
 
-def stopped(reason: chat_pb2.FinishReason.ValueType) -> chat_pb2.FinishReason.ValueType:
-    """Why an answer ended that was cut at a stop string. The upstream may not have been told of it,
-    and have gone on to its limit."""
-    return chat_pb2.FINISH_REASON_STOP if reason == chat_pb2.FINISH_REASON_LENGTH else reason
+def cut(response: chat_service_pb2.ChatResponse, stops: Sequence[str]) -> None:
+    """The same for a whole answer."""
+    for choice in response.choices:
+        at = cut_at(choice.message.content, stops)
+        if at is not None:
+            choice.message.content = choice.message.content[:at]
+            choice.finish_reason = _why_cut(choice.finish_reason)
 
 
 def cut_at(text: str, stops: Sequence[str]) -> int | None:
@@ -69,6 +74,12 @@ def cut_at(text: str, stops: Sequence[str]) -> int | None:
     would have stopped at its end, whatever another one might still have become."""
     found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
     return min(found)[1] if found else None
+
+
+def _why_cut(reason: chat_pb2.FinishReason.ValueType) -> chat_pb2.FinishReason.ValueType:
+    """Why a text that was cut ended. A provider that went on until its limit says LENGTH, which
+    would tell the caller that the answer is incomplete. Calls and filters are still true."""
+    return chat_pb2.FINISH_REASON_STOP if reason == chat_pb2.FINISH_REASON_LENGTH else reason
 
 
 def _overlap(text: str, stops: Sequence[str]) -> int:

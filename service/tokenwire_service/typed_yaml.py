@@ -10,6 +10,8 @@ Types drive the walk:
   `extra={"source": <Struct>}`, an element may be a mapping that `expand` turns into any
   number of T;
 - `Mapping[K, V]` is a mapping with free keys;
+- a text whose Meta has `extra={"json": True}` is any mapping, read into the JSON that says the
+  same;
 - anything else is a leaf, converted strictly by msgspec. Its Meta says in `description` what
   is expected, may carry `extra={"parse": function}` that reads text first (ValueError:
   wrong), and with `extra={"hidden": True}` keeps the value out of problems.
@@ -258,6 +260,8 @@ class Reader:
                 return want.origin(**self._fields(entries, file_fields(want.origin), place))
             values = self._fields(entries, message_fields, place)
             return want.origin(**{name: v for name, v in values.items() if v is not UNSET})
+        if want.extra.get("json"):
+            return self._json_mapping(node, want, place)
         if want.origin is Mapping:
             return self._free_mapping(node, want, place)
         if want.origin in (tuple, frozenset):
@@ -332,6 +336,39 @@ class Reader:
             if read_key is not UNSET and value is not UNSET:
                 values[read_key] = value
         return values
+
+    def _json_mapping(self, node: Node, want: Unwrapped, place: Place) -> Any:
+        entries = self._mapping(node, want, place)
+        if entries is None:
+            return UNSET
+        found = len(self.problems)
+        values = self._json_members(entries, place)
+        return json.dumps(values, ensure_ascii=False) if len(self.problems) == found else UNSET
+
+    def _json_members(self, entries: _Entries, place: Place) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name, (key, child) in entries.items():
+            inner = (*place, name)
+            self.positions[inner] = _mark(child if isinstance(child, ScalarNode) else key)
+            if not _is_text(name):
+                self.problem(inner, quoted(name), "a name of Unicode characters", key)
+            values[name] = self._json(child, inner)
+        return values
+
+    def _json(self, node: Node, place: Place) -> Any:
+        """Any value as JSON has it; None, with a problem, for what JSON does not have."""
+        self._spend(1)
+        if isinstance(node, MappingNode) and node.tag == _TAG + "map":
+            return self._json_members(self._entries(node, place), place)
+        if isinstance(node, SequenceNode) and node.tag == _TAG + "seq":
+            return [self._json(child, (*place, i)) for i, child in enumerate(node.value)]
+        value = _scalar(node) if isinstance(node, ScalarNode) else ...
+        no_number = isinstance(value, float) and not math.isfinite(value)
+        if value is ... or no_number or (isinstance(value, str) and not _is_text(value)):
+            got = _show(node) if isinstance(node, ScalarNode) else _kind(node)
+            self.problem(place, got, "a value that JSON has")
+            return None
+        return value
 
     def _list(self, node: Node, want: Unwrapped, element: Unwrapped, place: Place) -> Any:
         if not isinstance(node, SequenceNode) or node.tag != _TAG + "seq":
@@ -482,6 +519,11 @@ def _scalar(node: ScalarNode) -> object:
 
 def _is_null(node: Node) -> bool:
     return isinstance(node, ScalarNode) and _scalar(node) is None
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be sent: a lone surrogate cannot."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _kind(node: Node) -> str:

@@ -122,14 +122,15 @@ def replaying() -> Iterator[str]:
         process.wait()
 
 
-def config(base_url: str, wanted: Iterable[Run]) -> Config:
-    """One upstream with one key, and one model that leads there, for each run."""
+def config(base_url: str, wanted: Iterable[Run], **settings: Any) -> Config:
+    """One upstream with one key, and one model that leads there, for each run. `settings`: of
+    every upstream."""
     upstreams = []
     models = []
     for run in wanted:
         url = f"{base_url}/{run.item.kind}/{run.item.id}/{run.mode}"
         keys = (Key(id="k1", secret=Secret("sk-test-corpus")),)
-        upstreams.append(Upstream(name=run.name, base_url=url, keys=keys))
+        upstreams.append(Upstream(name=run.name, base_url=url, keys=keys, **settings))
         models.append(Model(name=run.name, upstream=run.name))
     return Config(
         listen="127.0.0.1:0",
@@ -301,6 +302,13 @@ def _of_stream(run: Run, expected: Mapping[str, Any], got: Answer) -> Iterator[s
         yield from unlike("x_groq.usage", extra.get("usage"), wanted)
 
 
+def whole_of_stream(run: Run, expected: Mapping[str, Any], got: Answer) -> Iterator[str]:
+    """Where a Chat over a recorded stream is not what the recording says."""
+    yield from unlike("failure", got.failure, None)
+    yield from _of_texts(expected, got)
+    yield from _of_facts(run, expected, got)
+
+
 def _of_response(run: Run, expected: Mapping[str, Any], got: Answer) -> Iterator[str]:
     yield from unlike("failure", got.failure, None)
     yield from _of_texts(expected, got)
@@ -435,6 +443,11 @@ def of_cut(
                 yield f"tool call {index} is no prefix: {parts}"
         if not reset:  # which may take with it what was on its way
             yield from unlike("content", here.content, texts.get(choice["index"], ""))
+
+
+def proven(arrived: bytes) -> bool:
+    """Whether the events that arrived whole prove that the answer is complete."""
+    return _proof(arrived)[0]
 
 
 def _proof(arrived: bytes) -> tuple[bool, dict[int, str]]:

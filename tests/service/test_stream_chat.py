@@ -131,9 +131,9 @@ async def test_the_last_snapshot_is_the_sum_of_the_deltas(
         for call in (*mine[-1].message.tool_calls, *choice.message.tool_calls):
             call.id = ""
         assert mine[-1].message == choice.message
-        assert [s.state for s in mine[:-1]] == [chat_service_pb2.Snapshot.STATE_STREAMING] * (
-            len(mine) - 1
-        )
+        assert mine[0].state == chat_service_pb2.Snapshot.STATE_READY
+        assert mine[0].message == chat_pb2.ChatMessage(role="assistant", content="")
+        assert {s.state for s in mine[1:-1]} == {chat_service_pb2.Snapshot.STATE_STREAMING}
         assert mine[-1].state == chat_service_pb2.Snapshot.STATE_ENDED
         assert choice.index in grown.finishes
 
@@ -156,8 +156,9 @@ async def test_every_snapshot_begins_with_the_one_before(start: Start) -> None:
         async for event in gateway.chat.StreamChat(stream_request(request(), mode=CUMULATIVE)):
             if event.WhichOneof("event") == "snapshot":
                 texts.append(event.snapshot.message.content)
-                gate.set()
-    assert texts == ["one ", "one two ", "one two three", "one two three"]
+                if texts[-1]:  # else it is only ready
+                    gate.set()
+    assert texts == ["", "one ", "one two ", "one two three", "one two three"]
 
 
 async def test_max_delay_joins_what_follows_the_first_text(start: Start) -> None:
@@ -341,7 +342,7 @@ async def test_an_answer_without_any_text_is_complete_too(start: Start) -> None:
         grown = await receive(gateway.chat.StreamChat(stream_request(request(), mode=CUMULATIVE)))
     assert received.kinds == ["header", "finish", "trailer"]
     assert not received.trailer.HasField("time_to_first_token")
-    assert grown.kinds == ["header", "snapshot", "finish", "trailer"]
+    assert grown.kinds == ["header", "snapshot", "snapshot", "finish", "trailer"]
 
 
 @pytest.mark.parametrize(

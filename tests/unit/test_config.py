@@ -234,6 +234,62 @@ models:
     assert config.warnings == ()
 
 
+@pytest.mark.parametrize(
+    ("written", "cap"),
+    [
+        ("", 4096),
+        ("max_completion_tokens: 100000", 100_000),
+        ("max_completion_tokens: null", None),
+        ("context_window_tokens: 2048", 2048),
+        ("context_window_tokens: 128000", 4096),
+        ("defaults: {max_completion_tokens: 9000}", 9000),
+        ("defaults: {max_completion_tokens: 100}", 4096),
+        ("capabilities: [tools, reasoning]", None),
+        ("capabilities: [reasoning], max_completion_tokens: 20000", 20_000),
+    ],
+)
+def test_a_model_that_names_no_cap_has_one(written: str, cap: int | None) -> None:
+    (model,) = load_text(UPSTREAM + f"models: {{m: {{upstream: u, {written}}}}}").models
+    assert model.max_completion_tokens == cap
+
+
+def test_a_body_is_read_as_the_json_that_says_the_same() -> None:
+    text = """
+models:
+  m:
+    upstream: u
+    extra_body:
+      skip_special_tokens: false
+      nothing: ~
+      x: &x {<<: {a: 1}, b: [1.5, "1", on, {"é": 12345678901234567890}]}
+      y: *x
+"""
+    (model,) = load_text(UPSTREAM + text).models
+    inner = {"b": [1.5, "1", True, {"é": 12345678901234567890}], "a": 1}
+    assert json.loads(model.extra_body) == {
+        "skip_special_tokens": False,
+        "nothing": None,
+        "x": inner,
+        "y": inner,
+    }
+
+
+def test_a_proxys_login_is_a_secret_apart_from_its_url() -> None:
+    text = UPSTREAM.replace("'http://u/v1'", "'http://u/v1', passthrough: true, proxy_env: P")
+    value = "https://us%40er:pass%2Fw@ord:with-colon@proxy.example:3128/"
+    config = load_text(text, {**ENVIRON, "P": value})
+    (upstream,) = config.upstreams
+    assert upstream.proxy == "https://proxy.example:3128"
+    assert upstream.proxy_login is not None
+    assert upstream.proxy_login.reveal() == "us@er:pass/w@ord:with-colon"
+    assert "ord" not in repr(config)
+    out = io.StringIO()
+    check(Path("t.yaml"), {**ENVIRON, "P": value}, out)
+    assert "ord" not in out.getvalue()
+    plain = load_text(text, {**ENVIRON, "P": "http://proxy:1"}).upstreams[0]
+    assert (plain.proxy, plain.proxy_login) == ("http://proxy:1", None)
+
+
 def test_what_looks_odd_is_warned_about() -> None:
     config = load_text(
         "upstreams:\n  u:\n    base_url: http://u\n    keys: [{env: K}, {env: K}]\n", ENVIRON
@@ -404,6 +460,14 @@ MALFORMED: dict[str, tuple[str, list[str]]] = {
             "once",
         ],
     ),
+    "a default beyond the window": (
+        "models:\n  a:\n    upstream: u\n    context_window_tokens: 10\n    defaults:\n"
+        "      max_completion_tokens: 30",
+        [
+            "7: models.a.defaults.max_completion_tokens: got 30, expected no more than "
+            "context_window_tokens, 10"
+        ],
+    ),
     "token caps": (
         "models:\n  a:\n    upstream: u\n    context_window_tokens: 10\n"
         "    max_completion_tokens: 20\n    defaults:\n      max_completion_tokens: 30",
@@ -412,6 +476,44 @@ MALFORMED: dict[str, tuple[str, list[str]]] = {
             "context_window_tokens, 10",
             "8: models.a.defaults.max_completion_tokens: got 30, expected no more than the "
             "model's max_completion_tokens, 20",
+        ],
+    ),
+    "renamed parameters": (
+        "models:\n  a:\n    upstream: u\n    defaults: {min_p: 0.5, top_p: 0.5}\n"
+        "    rename_parameters:\n      repetition_penalty: seed\n      top_k: top_k\n"
+        "      temprature: top_p\n      verbosity: reasoning_effort\n      min_p: top_p\n"
+        "      temperature: top_p\n      presence_penalty: frequency_penalty\n"
+        "      frequency_penalty: min_p",
+        [
+            '7: models.a.rename_parameters.repetition_penalty: got "seed", expected another '
+            "parameter that is a number as repetition_penalty is",
+            '8: models.a.rename_parameters.top_k: got "top_k", expected another parameter that is '
+            "a number as top_k is",
+            '9: models.a.rename_parameters.temprature: got "temprature", expected one of '
+            f"{', '.join(PARAMETERS)}",
+            '10: models.a.rename_parameters.verbosity: got "reasoning_effort", expected another '
+            "parameter that is a number as verbosity is",
+            '11: models.a.rename_parameters.min_p: got "top_p", which has a default beside that '
+            "of min_p, expected one default for both",
+            '12: models.a.rename_parameters.temperature: got "top_p", expected a parameter that '
+            "is renamed once",
+            '13: models.a.rename_parameters.presence_penalty: got "frequency_penalty", expected a '
+            "parameter that is renamed once",
+            '14: models.a.rename_parameters.frequency_penalty: got "min_p", expected a parameter '
+            "that is renamed once",
+        ],
+    ),
+    "extra bodies": (
+        "models:\n  a:\n    upstream: u\n    extra_body:\n      model: m\n      stream: true\n"
+        "  b: {upstream: u, extra_body: [1]}\n"
+        '  c: {upstream: u, extra_body: {a: .nan, b: {c: [!!binary eA==]}, d: "\\ud83d", e: 1}}',
+        [
+            "6: models.a.extra_body.model: got what the gateway sets, expected other fields",
+            "7: models.a.extra_body.stream: got what the gateway sets, expected other fields",
+            "8: models.b.extra_body: got a list, expected a mapping",
+            "9: models.c.extra_body.a: got .nan, expected a value that JSON has",
+            "9: models.c.extra_body.b.c[0]: got eA==, expected a value that JSON has",
+            '9: models.c.extra_body.d: got "\\ud83d", expected a value that JSON has',
         ],
     ),
     "defaults": (
@@ -640,6 +742,30 @@ MALFORMED_UPSTREAMS: dict[str, tuple[str, list[str]]] = {
             )
         ]
         + [f"14: upstreams.w.proxy: got text that is not shown, expected {URL}"],
+    ),
+    "proxies": (
+        "upstreams:\n"
+        + "".join(
+            f"  {name}: {{base_url: http://u, keys: [{{env: K}}], {written}}}\n"
+            for name, written in {
+                "a": "proxy_env: NOT_SET",
+                "b": "proxy_env: EMPTY",
+                "c": "proxy_env: SPACE",
+                "d": "proxy_env: LONG, proxy: 'http://p'",
+                "e": "proxy_env: 'http://n:p@proxy:1'",
+            }.items()
+        )
+        + "models: {a: {upstream: a}, b: {upstream: b}, c: {upstream: c}, d: {upstream: d}, "
+        "e: {upstream: e}}",
+        [
+            "2: upstreams.a.proxy_env: got NOT_SET, which is not set, expected a variable with a "
+            "value",
+            "3: upstreams.b.proxy_env: got EMPTY, which is empty, expected a variable with a value",
+            "4: upstreams.c.proxy_env: got a value that is not shown, expected "
+            f"{URL}; a user and a password may be in it",
+            "5: upstreams.d.proxy_env: got both proxy and proxy_env, expected one of them",
+            f"6: upstreams.e.proxy_env: got a value that is not shown, expected {ENV}",
+        ],
     ),
     "headers": (
         "upstreams:\n  u:\n    base_url: http://u\n    keys: [{env: K}]\n    headers:\n"
@@ -1129,7 +1255,7 @@ models:
         "admin      127.0.0.1:50052, if that is free\n"
         "upstream   u  http://u/v1  (openai, profile compatible)\n"
         "  key      a  quota group o  weight 1  organization o\n"
-        "model      fast -> u big  also default\n"
+        "model      fast -> u big  also default  at most 4096 tokens\n"
         "model      any other name -> u\n"
     )
 
@@ -1372,6 +1498,10 @@ def test_the_example_has_every_field() -> None:
         written.update((path, path.removesuffix("[]")))
 
     walk(yaml.safe_load(text), "")
+    other = re.sub(r"proxy: http\S+", "", text).replace("# proxy_env:", "proxy_env:")
+    proxied = load_text(other, {**EXAMPLE_ENVIRON, "LOCAL_PROXY": "http://proxy:3128"})
+    assert proxied.upstreams[1].proxy == "http://proxy:3128"
+    walk(yaml.safe_load(other), "")
     assert {path for path, *_ in _file_paths()} <= written
 
 

@@ -355,7 +355,7 @@ def test_defaults_of_the_model_apply_where_the_request_says_nothing() -> None:
     ("asked", "default", "cap", "used"),
     [
         (None, None, None, 0),
-        (None, None, 50, 0),
+        (None, None, 50, 50),
         (10, None, None, 10),
         (10, None, 50, 10),
         (100, None, 50, 50),
@@ -371,6 +371,69 @@ def test_the_cap_lowers_what_is_asked_and_the_header_hears_of_it(
     encoded = encode(request(params=Params(max_completion_tokens=asked)), to)
     assert encoded.max_completion_tokens == used
     assert json.loads(encoded.body).get("max_tokens", 0) == used
+
+
+def test_a_cap_is_not_sent_where_it_is_not_taken() -> None:
+    to = route(unsupported=frozenset({"max_completion_tokens"}), max_completion_tokens=50)
+    assert "max_tokens" not in body(request(), to)
+    assert encode(request(), to).max_completion_tokens == 0
+
+
+PENALTIES = {"repetition_penalty": "frequency_penalty"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "default", "sent"),
+    [
+        ({"repetition_penalty": 1.1}, {}, {"frequency_penalty": 1.1}),
+        ({"frequency_penalty": 0.5}, {}, {"frequency_penalty": 0.5}),
+        ({}, {"repetition_penalty": 1.5}, {"frequency_penalty": 1.5}),
+        ({"repetition_penalty": 1.1}, {"frequency_penalty": 0.5}, {"frequency_penalty": 1.1}),
+        ({"frequency_penalty": 0.5}, {"repetition_penalty": 1.5}, {"frequency_penalty": 0.5}),
+        ({}, {}, {}),
+    ],
+)
+def test_a_renamed_parameter_is_sent_as_the_other(
+    asked: dict[str, float], default: dict[str, float], sent: dict[str, float]
+) -> None:
+    to = route(rename_parameters=PENALTIES, defaults=Params(**default))
+    got = body(request(params=Params(**asked)), to)
+    assert {name: value for name, value in got.items() if "penalty" in name} == sent
+    kept = body(request(params=Params(**asked)), route(defaults=Params(**default)))
+    assert {n: v for n, v in kept.items() if "penalty" in n} == {**default, **asked}, "never alone"
+
+
+def test_both_a_parameter_and_what_it_is_renamed_to_are_refused() -> None:
+    chat = request(params=Params(repetition_penalty=1.1, frequency_penalty=0.0))
+    reason, paths, said = refused(chat, route(rename_parameters=PENALTIES))
+    assert (reason, paths) == ("INVALID_REQUEST", ["params.repetition_penalty"])
+    assert said == [
+        "is sent as frequency_penalty to this model, which is set, too; expected one of them"
+    ]
+
+
+def test_a_renamed_parameter_is_not_taken_where_the_other_is_not() -> None:
+    taken = route(unsupported=frozenset({"repetition_penalty"}), rename_parameters=PENALTIES)
+    chat = request(params=Params(repetition_penalty=1.1))
+    assert body(chat, taken)["frequency_penalty"] == 1.1
+    not_taken = route(unsupported=frozenset({"frequency_penalty"}), rename_parameters=PENALTIES)
+    reason, paths, _ = refused(chat, not_taken)
+    assert (reason, paths) == ("UNSUPPORTED_PARAMETER", ["params.repetition_penalty"])
+    chat.unsupported_parameter_policy = DROP
+    encoded = encode(chat, not_taken)
+    assert encoded.dropped == ("params.repetition_penalty",)
+    assert "penalty" not in encoded.body.decode()
+
+
+def test_the_models_extra_body_lies_beneath_the_callers() -> None:
+    to = route(extra_body='{"skip_special_tokens": false, "a": {"b": 1, "c": 2}, "n": null}')
+    chat = request(params=Params(choice_count=2), extra_body_json='{"a": {"b": null, "d": 3}}')
+    got = body(chat, to)
+    assert got["skip_special_tokens"] is False
+    assert got["a"] == {"c": 2, "d": 3}
+    assert "n" not in got
+    got = body(request(extra_body_json='{"skip_special_tokens": true}'), to)
+    assert got["skip_special_tokens"] is True
 
 
 DROP = chat_service_pb2.UNSUPPORTED_PARAMETER_POLICY_DROP

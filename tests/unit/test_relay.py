@@ -145,9 +145,8 @@ def fold(events: Sequence[Event]) -> dict[int, dict[str, object]]:
         for piece in new.tool_calls:
             call = calls.setdefault((new.choice_index, piece.index), ["", "", ""])
             call[:] = [call[0] or piece.id, call[1] or piece.name, call[2] + piece.arguments]
-    for (choice, index), call in sorted(calls.items()):
-        known = out[choice]["calls"]
-        known += [["", "", ""]] * (index - len(known)) + [call]
+    for (choice, _), call in sorted(calls.items()):
+        out[choice]["calls"] += [call]
     return out
 
 
@@ -443,11 +442,12 @@ async def test_each_snapshot_holds_all_so_far_and_one_read_sends_one() -> None:
         if event.HasField("snapshot")
     ]
     assert shown == [
+        (Snapshot.STATE_READY, ""),
         (Snapshot.STATE_STREAMING, "a"),
         (Snapshot.STATE_STREAMING, "abc"),
         (Snapshot.STATE_ENDED, "abc"),
     ]
-    assert wire.kinds == ["header", "snapshot", "snapshot", "snapshot", "finish", "trailer"]
+    assert wire.kinds == ["header", *["snapshot"] * 4, "finish", "trailer"]
 
 
 @pytest.mark.parametrize("max_delay", [0.0, 5.0])
@@ -458,7 +458,7 @@ async def test_long_snapshots_replace_each_other_too(max_delay: float) -> None:
     await outbox.send([delta("y") for _ in range(50)])
     await outbox.finish([finish(), trailer()])
     snapshots = [len(e.snapshot.message.content) for e in wire.written if e.HasField("snapshot")]
-    assert snapshots == [100_000, 100_050] + [100_050] * (max_delay == 0)
+    assert snapshots == [0, 100_000, 100_050] + [100_050] * (max_delay == 0)
 
 
 async def test_snapshots_of_choices_in_turn_are_not_held_without_end() -> None:
@@ -476,7 +476,7 @@ async def test_the_ends_of_several_choices_come_after_all_snapshots() -> None:
     await outbox.send([header(), delta("a", 0), delta("b", 1)])
     await outbox.finish([finish(0), finish(1), trailer()])
     assert wire.kinds == [
-        *("header", "snapshot", "snapshot"),
+        *("header", "snapshot", "snapshot", "snapshot", "snapshot"),
         *("snapshot", "snapshot"),
         *("finish", "finish", "trailer"),
     ]
@@ -517,6 +517,7 @@ LEGACY_NUMBERS = {
     "UNKNOWN_ROLE": -4,
     "CANCELLED": -2,
     "DEADLINE_EXCEEDED": -2,
+    "GATEWAY_DRAINING": -2,
 }
 STATE_NUMBERS = {
     Snapshot.STATE_SERVER_ERROR: -1,
@@ -548,13 +549,26 @@ def test_every_reason_with_a_legacy_state_exists() -> None:
 
 
 @pytest.mark.parametrize("cumulative", [False, True])
-async def test_an_error_before_the_first_text_sends_nothing(cumulative: bool) -> None:
+async def test_an_error_before_the_first_text_that_may_pass_sends_nothing(cumulative: bool) -> None:
     wire = Wire()
     outbox = wire.outbox(cumulative=cumulative)
     await outbox.send([header()])
-    await outbox.fail(GatewayError(error_reason_pb2.ERROR_REASON_RATE_LIMITED, ""))
+    error = GatewayError(error_reason_pb2.ERROR_REASON_RATE_LIMITED, "", retry_helps=True)
+    await outbox.fail(error)
     assert wire.written == []
     assert not outbox.committed
+
+
+@pytest.mark.parametrize("name", REASONS)
+async def test_an_error_before_the_first_text_that_no_retry_mends_is_a_snapshot(name: str) -> None:
+    wire = Wire()
+    outbox = wire.outbox(cumulative=True)
+    await outbox.send([header()])
+    await outbox.fail(GatewayError(error_reason_pb2.ErrorReason.Value(f"ERROR_REASON_{name}"), ""))
+    (only,) = (event.snapshot for event in wire.written)
+    assert (only.choice_index, only.message.content) == (0, "")
+    assert STATE_NUMBERS[only.state] == LEGACY_NUMBERS.get(name, -1)
+    assert not outbox.committed, "nothing of the answer was delivered, and nothing is charged"
 
 
 async def test_an_error_lets_out_the_text_that_was_held() -> None:
@@ -588,7 +602,7 @@ async def test_a_caller_that_does_not_read_is_given_up() -> None:
 
     async def write(message: Event) -> None:
         written.append(message)
-        if len(written) > 2:
+        if len(written) > 3:
             await asyncio.Event().wait()
 
     outbox = Outbox(
@@ -599,4 +613,4 @@ async def test_a_caller_that_does_not_read_is_given_up() -> None:
         await outbox.send([delta("b")])
     assert caught.value.reason_name == "CALLER_STALLED"
     await outbox.fail(caught.value)
-    assert len(written) == 3, "gRPC takes no other message until the stalled one is gone"
+    assert len(written) == 4, "gRPC takes no other message until the stalled one is gone"

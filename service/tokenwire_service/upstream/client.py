@@ -123,6 +123,10 @@ class UpstreamClient:
         }
         if encoded.body:
             headers["Content-Type"] = "application/json"
+        # A proxy reads its login in the request for a tunnel, else in the request itself.
+        login, tunnelled = self._proxy_login(), self._base.startswith("https:")
+        if not tunnelled:
+            headers.update(login)
         response: aiohttp.ClientResponse | None = None
         timeouts = self.upstream.timeouts
         try:
@@ -135,6 +139,7 @@ class UpstreamClient:
                         headers=headers,
                         allow_redirects=False,
                         proxy=self.upstream.proxy,
+                        proxy_headers=login if tunnelled else None,
                         trace_request_ctx=progress,
                     )
                     self.open_answers += 1
@@ -142,6 +147,8 @@ class UpstreamClient:
                     progress.first_byte_at = self._now()
                     progress.remaining_requests = _remaining(response, "requests")
                     progress.remaining_tokens = _remaining(response, "tokens")
+                    if response.status == 407 and self.upstream.proxy:
+                        raise _refused_by_proxy(407)
                     if response.status != 200:
                         raise await self._refusal(encoded.dialect, response)
                     kind = response.content_type
@@ -181,6 +188,8 @@ class UpstreamClient:
         ) as error:
             self._forget_addresses()
             raise UpstreamFault(Fault.UNREACHABLE, f"no connection ({_kind(error)})") from None
+        except aiohttp.ClientHttpProxyError as error:  # its text quotes the proxy's own words
+            raise _refused_by_proxy(error.status) from None
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
             fault = Fault.STALE_CONNECTION if progress.reused_connection else Fault.SERVER_ERROR
             raise UpstreamFault(
@@ -236,6 +245,12 @@ class UpstreamClient:
             if size > limit:
                 raise UpstreamFault(Fault.PROTOCOL, f"the answer exceeds {limit} bytes")
             pieces.append(piece)
+
+    def _proxy_login(self) -> dict[str, str]:
+        if self.upstream.proxy_login is None:
+            return {}
+        user, _, password = self.upstream.proxy_login.reveal().partition(":")
+        return {"Proxy-Authorization": aiohttp.encode_basic_auth(user, password, "utf-8")}
 
     def _forget_addresses(self) -> None:
         """The upstream may have moved: the next attempt asks the DNS, not what it said before."""
@@ -369,6 +384,9 @@ def _remaining(response: aiohttp.ClientResponse, dimension: str) -> int | None:
     """What the provider says is left of its window; None if it does not."""
     text = response.headers.get(f"x-ratelimit-remaining-{dimension}", "")
     return int(text[:12]) if text.isascii() and text.isdigit() else None
+def _refused_by_proxy(status: int) -> UpstreamFault:
+    """No fault of the upstream or a key, neither of which was reached."""
+    return UpstreamFault(Fault.UNREACHABLE, f"the proxy answered {status}")
 
 
 def _kind(error: BaseException) -> str:

@@ -40,6 +40,12 @@ class Route:
         """What is taken there of OpenAI's language; "" where another one is spoken."""
         return profile_of(self.upstream, self.model, self.model_name)
 
+    @property
+    def streaming(self) -> str:
+        """When the upstream is asked for a stream: the model's setting, else the upstream's."""
+        configured = self.model.streaming if self.model is not None else None
+        return configured or self.upstream.streaming
+
 
 @dataclass(frozen=True)
 class Encoded:

@@ -14,7 +14,13 @@ from tokenwire_service.upstream import json_text, openai_answers
 from tokenwire_service.upstream.classify import classify
 from tokenwire_service.upstream.dialect import Dialect, Encoded, Route
 from tokenwire_service.upstream.json_text import patched, raw_object
-from tokenwire_service.upstream.request import Turn, Unsupported, parameters, turns
+from tokenwire_service.upstream.request import (
+    Turn,
+    Unsupported,
+    extended,
+    parameters,
+    turns,
+)
 
 _TYPED_ONLY = ("model", "messages", "stream")  # of the upstream body
 _REQUEST_FIELDS = ("end_user_id", "prompt_cache_key", "service_tier")  # texts with a name in NAMES
@@ -77,8 +83,7 @@ class OpenAI(Dialect):
             body["stream"] = True
             if profile.stream_options:
                 body["stream_options"] = dict(profile.stream_options)
-        if chat.extra_body_json:
-            body = patched(body, chat.extra_body_json, "extra_body_json", _TYPED_ONLY)
+        body = extended(body, chat, route, _TYPED_ONLY)
         return Encoded(
             self,
             self.path(route),

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tokenwire.v1 import chat_pb2, chat_service_pb2, error_reason_pb2
 from tokenwire_service.errors import Violation, invalid
 from tokenwire_service.upstream.dialect import Route
-from tokenwire_service.upstream.json_text import INT32_MAX
+from tokenwire_service.upstream.json_text import INT32_MAX, patched
 from tokenwire_service.validation import KNOWN_ROLES
 
 
@@ -138,6 +139,7 @@ def parameters(
     if chat.params.logit_bias:
         params.logit_bias.clear()
     params.MergeFrom(chat.params)
+    spelled = _rename(params, chat, route)
     configured = route.upstream.unsupported_parameters
     if params.reasoning_effort not in ("", "none"):
         usual = usual | reasoned
@@ -149,13 +151,56 @@ def parameters(
     for name in sorted(descriptor.name for descriptor, _ in params.ListFields()):
         if name in without:
             params.ClearField(name)  # type: ignore[arg-type]  # names come from the descriptor
-            if name in asked:
-                unsupported.leave_out(f"params.{name}")
+            asked_by = spelled.get(name, name)
+            if asked_by in asked:
+                unsupported.leave_out(f"params.{asked_by}")
     cap = (route.model.max_completion_tokens or 0) if route.model is not None else 0
-    limit = 0
+    limit = cap
     if params.HasField("max_completion_tokens"):
         limit = min(params.max_completion_tokens, cap or INT32_MAX)
+    elif "max_completion_tokens" in without:
+        limit = 0
     return Parameters(params, limit)
+
+
+def extended(
+    body: dict[str, Any],
+    chat: chat_service_pb2.ChatRequest,
+    route: Route,
+    typed_only: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """The body with what no typed field says: the model's `extra_body`, and over it the caller's.
+    Raises INVALID_REQUEST for a caller's that sets a field in `typed_only`."""
+    if route.model is not None and route.model.extra_body:
+        body = patched(body, route.model.extra_body, "extra_body")
+    if chat.extra_body_json:
+        body = patched(body, chat.extra_body_json, "extra_body_json", typed_only)
+    return body
+
+
+def _rename(
+    params: chat_pb2.GenerationParams, chat: chat_service_pb2.ChatRequest, route: Route
+) -> dict[str, str]:
+    """Sends parameters under the names that the model's configuration gives them; by each of those
+    the name it was asked by."""
+    spelled: dict[str, str] = {}
+    problems: list[Violation] = []
+    for source, target in (
+        route.model.rename_parameters if route.model is not None else {}
+    ).items():
+        if not params.HasField(source):  # type: ignore[arg-type]  # names that the configuration checked
+            continue
+        asked, target_asked = (chat.params.HasField(name) for name in (source, target))  # type: ignore[arg-type]
+        if asked and target_asked:
+            what = f"is sent as {target} to this model, which is set, too; expected one of them"
+            problems.append(Violation(f"params.{source}", what))
+        elif not target_asked:  # else the caller's own wins over a default
+            setattr(params, target, getattr(params, source))
+            spelled[target] = source
+        params.ClearField(source)  # type: ignore[arg-type]
+    if problems:
+        raise invalid(*problems)
+    return spelled
 
 
 def _role(

@@ -303,8 +303,8 @@ class Accumulator(Answer):
             response.header.extra_json = _merged(
                 response.header.extra_json, self.trailer.extra_json
             )
-        if self.usage is not None:
-            response.usage.CopyFrom(self.usage)
+        if self.trailer is not None and self.trailer.HasField("usage"):  # else nobody reported it
+            response.usage.CopyFrom(self.trailer.usage)
         return Reply(response, request_id)
 
     def _choice(self, index: int) -> _Growing:

@@ -609,7 +609,7 @@ class Snapshot(_message.Message):
         STATE_UNSPECIFIED: Snapshot._State.ValueType  # 0
         """Not set."""
         STATE_READY: Snapshot._State.ValueType  # 1
-        """Ready, nothing generated (2)."""
+        """Ready, nothing generated (2): the first snapshot of each choice."""
         STATE_STREAMING: Snapshot._State.ValueType  # 2
         """Growing (1)."""
         STATE_ENDED: Snapshot._State.ValueType  # 3
@@ -631,7 +631,7 @@ class Snapshot(_message.Message):
     STATE_UNSPECIFIED: Snapshot.State.ValueType  # 0
     """Not set."""
     STATE_READY: Snapshot.State.ValueType  # 1
-    """Ready, nothing generated (2)."""
+    """Ready, nothing generated (2): the first snapshot of each choice."""
     STATE_STREAMING: Snapshot.State.ValueType  # 2
     """Growing (1)."""
     STATE_ENDED: Snapshot.State.ValueType  # 3
@@ -650,7 +650,9 @@ class Snapshot(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     state: Global___Snapshot.State.ValueType
     """Where the session stands. Error states are followed by the same error as
-    the status of the call.
+    the status of the call. Before the first text they are sent, without any, only
+    where trying again cannot help: else the status stands alone, so that the
+    caller may retry.
     """
     choice_index: _builtins.int
     """Choice this belongs to."""
