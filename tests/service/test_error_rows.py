@@ -41,8 +41,8 @@ from harness import (
     upstream,
 )
 from tokenwire.v1 import chat_pb2
-from tokenwire_service.config import Key, Limits, Model, Retries, UpstreamTimeouts
-from tokenwire_service.secret import Secret
+from tokenwire_service.config import Caller, Key, Limits, Model, Retries, UpstreamTimeouts
+from tokenwire_service.secret import Digest, Secret
 
 Code = grpc.StatusCode
 
@@ -126,6 +126,7 @@ async def row(
     models: tuple[Model, ...] = (),
     retries: Retries = QUICK,
     limits: Limits | None = None,
+    callers: tuple[Caller, ...] = (),
     **settings: Any,
 ) -> AsyncIterator[Row]:
     """`groups`: the quota group of each key; two keys of two accounts if not given. Models named
@@ -141,7 +142,12 @@ async def row(
             test = msgspec.structs.replace(test, keys=accounts(*groups))
         second = upstream(other.base_url, keys=1, name="other", passthrough=False)
         gateway = await start(
-            test, second, models=models, retries=retries, limits=limits or Limits()
+            test,
+            second,
+            models=models,
+            retries=retries,
+            limits=limits or Limits(),
+            callers=callers,
         )
         yield Row(gateway, served, faults)
 
@@ -710,15 +716,30 @@ async def test_row_21_a_cancel_closes_the_upstream_connection_and_blames_no_key(
         assert await ask.used(of, 4) == {"k1", "k2"}
 
 
-async def test_row_22_callers_are_not_known_so_their_tokens_reach_nobody(start: Start) -> None:
-    """The gateway neither asks for a caller's token nor has quotas of callers: of this row there is
-    so far that a token sent all the same goes no further."""
-    async with row(start, {}) as of:
-        metadata = (("authorization", "Bearer callers-own"),)
+async def test_row_22_a_callers_own_mistakes_and_limits_reach_no_upstream(start: Start) -> None:
+    token = "token-of-search"
+    known = Caller(name="search", tokens=(Digest.of(token),), models=("m",), requests_per_minute=1)
+    async with row(start, {}, callers=(known,)) as of:
+        metadata = (("authorization", f"Bearer {token}"),)
+
+        async def heard(model: str, **credentials: Any) -> tuple[Code, str, set[str]]:
+            call = of.gateway.chat.Chat(request(model=model), **credentials)
+            failure = await failing(call)
+            return failure.code, failure.reason, set(failure.details)
+
+        nobody = (Code.UNAUTHENTICATED, "CALLER_UNAUTHENTICATED", INFO)
+        assert await heard("m") == nobody
+        assert await heard("m2", metadata=metadata) == (
+            Code.PERMISSION_DENIED,
+            "CALLER_FORBIDDEN",
+            INFO | {"ResourceInfo"},
+        )
+        assert of.keys == []
         await of.gateway.chat.Chat(request(), metadata=metadata)
+        spent = (Code.RESOURCE_EXHAUSTED, "CALLER_QUOTA_EXCEEDED", RATE)
+        assert await heard("m", metadata=metadata) == spent
         (asked,) = of.served.asked
-        assert asked.headers["authorization"] == "Bearer sk-test-k1"
-        assert "callers-own" not in repr(asked) + repr(of.gateway.events)
+        assert asked.headers["authorization"] == "Bearer sk-test-k1", "its token goes no further"
 
 
 async def test_row_23_a_full_gateway_and_one_that_drains_ask_no_upstream(

@@ -500,7 +500,7 @@ ELSEWHERE = {
     13: "test_what_a_caller_of_chat_hears: the stalls; test_deadline.py",
     20: "test_what_a_caller_of_stream_chat_hears: whatever strikes midway",
     21: "test_cancel.py",
-    22: "callers have no tokens or quotas yet",
+    22: "test_callers.py",
     23: "test_a_full_gateway_says_so, test_a_draining_gateway_says_so",
     24: "test_chat.py, test_bad_requests.py",
 }
