@@ -229,7 +229,7 @@ ApiVersion = Annotated[
 ]
 FilePath = Annotated[str, Meta(min_length=1, description="the path of a PEM file")]
 TokenizerName = Literal["o200k_base", "o200k_harmony", "cl100k_base", "p50k_base", "qwen"]
-Path = Annotated[str, Meta(min_length=1, description="a path")]
+AnyPath = Annotated[str, Meta(min_length=1, description="a path")]
 Text = Annotated[str, Meta(min_length=1, description="text that is not empty")]
 Role = Annotated[str, Meta(min_length=1, description="a role as callers write it")]
 Internal = Meta(extra={"internal": True})  # filled in by `load`, not written in the file
@@ -499,7 +499,7 @@ class Model(Struct, frozen=True, kw_only=True):
     tokenizer: TokenizerName | None = None
     # A sentencepiece model (tokenizer.model) that counts instead. In the file relative to it; once
     # loaded: where it was found.
-    tokenizer_file: Path | None = None
+    tokenizer_file: AnyPath | None = None
     # What a request gets that does not say. A copy for each use: messages can be changed.
     defaults: Annotated[GenerationParams, Meta(extra={"fields": PARAMETERS})] = field(
         default_factory=GenerationParams

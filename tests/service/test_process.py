@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import itertools
+import json
 import logging
 import signal
 import socket
@@ -40,7 +41,7 @@ from processes import (
     serve,
     write_config,
 )
-from tokenwire.v1 import chat_service_pb2
+from tokenwire.v1 import chat_service_pb2, chat_service_pb2_grpc
 from tokenwire_service.config import Config, check
 from tokenwire_service.server import Running, ServerEndedError, serve_until_signalled
 from tokenwire_service.simulator import Simulator

@@ -384,6 +384,8 @@ def _remaining(response: aiohttp.ClientResponse, dimension: str) -> int | None:
     """What the provider says is left of its window; None if it does not."""
     text = response.headers.get(f"x-ratelimit-remaining-{dimension}", "")
     return int(text[:12]) if text.isascii() and text.isdigit() else None
+
+
 def _refused_by_proxy(status: int) -> UpstreamFault:
     """No fault of the upstream or a key, neither of which was reached."""
     return UpstreamFault(Fault.UNREACHABLE, f"the proxy answered {status}")
