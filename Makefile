@@ -143,7 +143,7 @@ test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete ## Run every te
 	@$(if $(ARGS),,$(call in-clients,test))
 
 .PHONY: faults
-faults: $(BIN)/.complete ## Run the fault wall at full length, some 20 minutes (docs/faults.md)
+faults: $(BIN)/.complete ## Run the fault wall at full length, half an hour (docs/faults.md)
 	$(BIN)/pytest tests/faults --long $(ARGS)
 
 .PHONY: compatibility
