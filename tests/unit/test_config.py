@@ -1481,7 +1481,8 @@ def test_the_example_has_every_field() -> None:
     Path("secrets/openai-keys").write_text("d\ne\n")
     Path("secrets/search-tokens").write_text("search-token-one\n")
     make_certificates(Path("tls"))
-    config = load_text(text, {**EXAMPLE_ENVIRON, "SEARCH_TOKENS": "search-token-two"})
+    environ = {**EXAMPLE_ENVIRON, "SEARCH_TOKENS": "search-token-two"}
+    config = load_text(text, environ)
     assert [(caller.name, len(caller.tokens)) for caller in config.callers] == [("search", 2)]
     assert [key.id for key in config.upstreams[0].keys][-2:] == ["team-b-1", "team-b-2"]
 
@@ -1499,7 +1500,7 @@ def test_the_example_has_every_field() -> None:
 
     walk(yaml.safe_load(text), "")
     other = re.sub(r"proxy: http\S+", "", text).replace("# proxy_env:", "proxy_env:")
-    proxied = load_text(other, {**EXAMPLE_ENVIRON, "LOCAL_PROXY": "http://proxy:3128"})
+    proxied = load_text(other, {**environ, "LOCAL_PROXY": "http://proxy:3128"})
     assert proxied.upstreams[1].proxy == "http://proxy:3128"
     walk(yaml.safe_load(other), "")
     assert {path for path, *_ in _file_paths()} <= written
