@@ -223,7 +223,8 @@ def _content(turn: Turn, multimodal: bool, unsupported: Unsupported) -> Any:
 def _with(content: Any, text: str, multimodal: bool) -> Any:
     if isinstance(content, str):
         return content + text
-    return [*content, {"text": text} if multimodal else {"type": "text", "text": text}]
+    said = [part for part in content if part != {"text": ""}]
+    return [*said, {"text": text} if multimodal else {"type": "text", "text": text}]
 
 
 def _part(part: chat_pb2.ContentPart, path: str, multimodal: bool, unsupported: Unsupported) -> Any:
