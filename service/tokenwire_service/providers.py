@@ -30,6 +30,20 @@ class DialectRow(NamedTuple):
 
 DIALECTS: Mapping[str, DialectRow] = {
     "openai": DialectRow("openai:OpenAI", ("api.openai.com",)),
+    "anthropic": DialectRow("anthropic:Anthropic", ("api.anthropic.com",)),
+    "gemini": DialectRow(
+        "gemini:Gemini",
+        ("generativelanguage.googleapis.com/v1beta", "generativelanguage.googleapis.com/v1alpha"),
+    ),
+    "dashscope": DialectRow(
+        "dashscope:DashScope",
+        (
+            "dashscope.aliyuncs.com/api/v1",
+            "dashscope-intl.aliyuncs.com/api/v1",
+            "dashscope-us.aliyuncs.com/api/v1",
+            "*.maas.aliyuncs.com/api/v1",
+        ),
+    ),
 }
 
 

@@ -293,7 +293,8 @@ class Answer:
             except sse.EventTooLarge as error:
                 events = error.events
                 self._fault = UpstreamFault(Fault.PROTOCOL, str(error))
-            if any(event.data.strip() for event in events):  # else they only keep it alive
+            # Events without data, and Anthropic's pings, only keep the connection alive.
+            if any(event.data.strip() and event.type != "ping" for event in events):
                 self._heard = True
                 self._silent_at = self._now() + self._idle
             decoded: list[chat_service_pb2.StreamChatResponse] = []
