@@ -10,6 +10,7 @@ import pytest
 from harness import Received, Start, failing, receive, request, stream_request, upstream
 from tokenwire.v1 import chat_pb2, chat_service_pb2, error_reason_pb2
 from tokenwire_service.config import Retries, Upstream
+from tokenwire_service.relay import append
 
 HAIKU = "An old silent pond / a frog jumps into the pond / splash! Silence again."
 QUICK = Retries(max_attempts=3, backoff=0.001, backoff_cap=0.001, budget_floor=1000)
@@ -170,3 +171,29 @@ async def test_a_stream_that_was_cut_is_interrupted(start: Start, aimock: str, n
     assert received.failure is not None
     assert received.failure.reason == "UPSTREAM_STREAM_INTERRUPTED"
     assert "One two three four five six seven eight nine ten".startswith(received.text)
+
+
+@pytest.mark.parametrize("way", ["stream", "unary"])
+async def test_thoughts_go_back_signed(start: Start, aimock: str, way: str) -> None:
+    """aimock refuses, as Anthropic does, calls that come back without the thoughts before them."""
+    strict = {"X-AIMock-Strict": "true"}
+    gateway = await start(upstream(aimock, dialect="anthropic", headers=strict))
+    chat = with_tools(asking("anthropic", "the tide in Brest"))
+    chat.params.enable_thinking = True
+    if way == "unary":
+        message = (await gateway.chat.Chat(chat)).choices[0].message
+    else:
+        received = await receive(gateway.chat.StreamChat(stream_request(chat)))
+        message = chat_pb2.ChatMessage(role="assistant")
+        for delta in received.deltas:
+            append(message, delta)
+    assert message.reasoning == "The moon matters."
+    chat.messages.append(message)
+    chat.messages.add(role="tool", tool_call_id=message.tool_calls[0].id, content="high")
+    answer = await gateway.chat.Chat(chat)
+    assert answer.choices[0].message.content == "It is high tide."
+    chat.messages[1].ClearField("extra_json")
+    chat.messages[1].ClearField("reasoning")
+    failure = await failing(gateway.chat.Chat(chat))
+    assert failure.reason == "INVALID_REQUEST"
+    assert "thinking" in failure.message
