@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from tokenwire.v1 import chat_pb2, chat_service_pb2
 from tokenwire_service.errors import Fault, UpstreamFault
 from tokenwire_service.relay import append
-from tokenwire_service.upstream import sse
+from tokenwire_service.upstream import anthropic_answers, gemini_answers, sse
 from tokenwire_service.upstream.anthropic import Anthropic
 from tokenwire_service.upstream.dashscope import DashScope
 from tokenwire_service.upstream.dashscope_answers import CUMULATIVE
 from tokenwire_service.upstream.dialect import Dialect, Encoded
 from tokenwire_service.upstream.gemini import Gemini
+from tokenwire_service.upstream.json_text import json_object
 
 ANTHROPIC, GEMINI, DASHSCOPE = Anthropic(), Gemini(), DashScope()
 SPEAKERS: dict[str, Callable[[], Encoded]] = {
@@ -239,6 +240,29 @@ def test_anthropic_whole_says_what_the_stream_says() -> None:
     assert choice.finish_reason == chat_pb2.FINISH_REASON_TOOL_CALLS
     assert json.loads(choice.extra_json) == {"container": {"id": "c"}}
     assert (answer.usage.prompt_tokens, answer.header.id) == (17, "msg_1")
+
+
+def test_anthropic_says_early_what_is_known_of_the_end() -> None:
+    start = {"type": "message_start", "message": {**START["message"], "container": {"id": "c"}}}
+    ended = finish(told("anthropic", stream(start, *stopped("end_turn"))))
+    assert json.loads(ended.extra_json) == {"container": {"id": "c"}}
+
+
+@pytest.mark.parametrize("speaker", ["anthropic", "gemini"])
+def test_what_is_too_long_to_go_back_is_not_kept(
+    speaker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = {"anthropic": anthropic_answers, "gemini": gemini_answers}[speaker]
+    monkeypatch.setattr(module, "_NATIVE_CHARACTERS", 5)
+    message = folded(told(speaker, stream(*GOOD[speaker])))[0]
+    assert (message.content, message.extra_json) == ("Hé yes", "")
+
+
+def test_a_foreign_event_among_good_ones_is_a_fault() -> None:
+    other = {"object": "chat.completion.chunk", "choices": []}
+    for speaker, events in GOOD.items():
+        body = stream(*events[:2], other, *events[2:])
+        assert fault(speaker, body).fault is Fault.PROTOCOL
 
 
 def test_what_the_contract_holds_is_not_kept_twice() -> None:
@@ -684,7 +708,8 @@ def test_numbers_of_any_size_and_odd_values_survive(dialect: Dialect) -> None:
     response = whole(dialect, answers[dialect])
     assert "\ufffd" in str(response.choices[0].message) or "\\357\\277\\275" in str(response)
     assert response.usage.prompt_tokens == 0
-    json.loads(response.choices[0].message.extra_json)
+    extra = response.choices[0].message.extra_json
+    assert json_object(extra, "extra_json")  # callers may send it back
 
 
 @pytest.mark.parametrize("dialect", [ANTHROPIC, GEMINI, DASHSCOPE])

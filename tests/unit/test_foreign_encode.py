@@ -649,6 +649,25 @@ def test_an_answer_that_was_edited_does_not(change: dict[str, Any]) -> None:
     assert "thoughtSignature" not in json.dumps(part)
 
 
+def test_an_answer_that_got_parts_does_not() -> None:
+    kept = {"anthropic": {"content": BLOCKS[::2]}, "gemini": {"parts": PARTS[::2]}}
+    chat = continued(kept)
+    chat.messages[1].ClearField("content")
+    assert body(ANTHROPIC, chat)["messages"][1]["content"] == BLOCKS[::2]
+    assert body(GEMINI, chat)["contents"][1]["parts"] == PARTS[::2]
+    chat.messages[1].parts.add(text="more")
+    assert body(ANTHROPIC, chat)["messages"][1]["content"][0] == {"type": "text", "text": "more"}
+    assert body(GEMINI, chat)["contents"][1]["parts"][0] == {"text": "more"}
+
+
+def test_a_message_with_fields_of_its_own_is_not_joined() -> None:
+    chat = request("a")
+    chat.messages.add(role="user", content="b", extra_json='{"own": 1}')
+    chat.messages.add(role="user", content="c")
+    assert [said.get("own") for said in body(ANTHROPIC, chat)["messages"]] == [None, 1, None]
+    assert [said.get("own") for said in body(GEMINI, chat)["contents"]] == [None, 1, None]
+
+
 def test_what_one_dialect_kept_is_not_sent_by_another() -> None:
     for dialect in (ANTHROPIC, GEMINI, DASHSCOPE):
         sent = json.dumps(body(dialect, continued({**KEPT, "own": 1.0})))

