@@ -134,9 +134,14 @@ FIELDS: dict[str, Pair] = {
     "CustomTool.format_json": Pair(_USER, _CUSTOM % 'format_json: "{}"'),
     "ToolChoice.mode": Pair(_TOOLS % "mode: 1", _TOOLS % "mode: 3"),
     "ToolChoice.tool_names": Pair(_TOOLS % "mode: 1", _TOOLS % 'mode: 1 tool_names: "g"'),
+    "ResponseFormat.text": Pair(_USER, _USER + " response_format { text {} }"),
     "ResponseFormat.json_object": Pair(_USER, _USER + " response_format { json_object {} }"),
     "ResponseFormat.json_schema": Pair(_USER, _SCHEMA % ("n", "object", "")),
     "ResponseFormat.raw_json": Pair(_USER, _USER + ' response_format { raw_json: "{\\"x\\":1}" }'),
+    "JsonSchemaFormat.name": Pair(_USER, _SCHEMA % ("n", "object", "")),
+    "JsonSchemaFormat.strict": Pair(
+        _SCHEMA % ("n", "object", ""), _SCHEMA % ("n", "object", "strict: true")
+    ),
     "JsonSchemaFormat.schema_json": Pair(
         _SCHEMA % ("n", "object", ""), _SCHEMA % ("n", "array", "")
     ),
@@ -182,9 +187,6 @@ UNSEEN = {
     "ChatRequest.model": "the route says it",
     "ChatRequest.unsupported_parameter_policy": "for the gateway",
     "ChatRequest.labels": "for accounting",
-    "ResponseFormat.text": "what there is without any",
-    "JsonSchemaFormat.name": "a label; it shapes nothing",
-    "JsonSchemaFormat.strict": "where a schema is always enforced",
 }
 
 

@@ -188,6 +188,8 @@ CASES = {
             "messages[2].parts[1].image.detail",
             "messages[3].reasoning",
             "messages[3].annotations",
+            "response_format.json_schema.name",
+            "response_format.json_schema.strict",
             "response_format.json_schema.description",
             "prompt_cache_key",
         ],
@@ -207,6 +209,8 @@ CASES = {
             "messages[2].parts[6].file.filename",
             "messages[3].reasoning",
             "messages[3].annotations",
+            "response_format.json_schema.name",
+            "response_format.json_schema.strict",
             "response_format.json_schema.description",
             "params.parallel_tool_calls",
             "end_user_id",
@@ -226,6 +230,7 @@ CASES = {
             "params.verbosity",
             "messages[1].name",
             "messages[2].parts[1].image.detail",
+            "messages[2].parts[5].video.media_type",
             "messages[3].annotations",
             "tools[0].function.strict",
             "tool_choice.mode",
@@ -311,6 +316,17 @@ def test_what_is_said_is_refused_even_where_parameters_may_be_dropped(dialect: D
 
 
 @ALL
+def test_an_answer_of_another_provider_is_taken_back(dialect: Dialect) -> None:
+    """Its thoughts and sources are named, where there is no place for them."""
+    chat = request()
+    answer = chat.messages.add(role="assistant", content="so", reasoning="hm")
+    answer.annotations.add(url="https://example.com")
+    encoded = dialect.encode(chat, route("m"), stream=False)
+    assert "messages[1].annotations" in encoded.dropped
+    assert ("messages[1].reasoning" in encoded.dropped) != (b"hm" in encoded.body)
+
+
+@ALL
 def test_defaults_of_the_model_are_dropped_without_a_word(dialect: Dialect) -> None:
     to = route("m", defaults=Params(min_p=0.1, choice_count=2, parallel_tool_calls=False))
     encoded = dialect.encode(request(), to, stream=False)
@@ -377,7 +393,7 @@ def test_files_go_where_their_kind_belongs() -> None:
     assert text["source"] == {"type": "text", "media_type": "text/plain", "data": "é"}
     assert text["title"] == "t"
     word = Media(data=b"x", media_type="application/msword")
-    assert refused(ANTHROPIC, seen(file=word)) == ["messages[0].parts[0].file.media_type"]
+    assert refused(ANTHROPIC, seen(file=word)) == ["messages[0].parts[0].file"]
     latin = Media(data=b"\xe9", media_type="text/plain")
     assert refused(ANTHROPIC, seen(file=latin)) == ["messages[0].parts[0].file"]
 

@@ -18,7 +18,7 @@ from tokenwire_service.upstream import anthropic_answers, json_text, native
 from tokenwire_service.upstream.classify import classify
 from tokenwire_service.upstream.dialect import Dialect, Encoded, Route
 from tokenwire_service.upstream.json_text import INT32_MAX, json_object, patched, raw_object
-from tokenwire_service.upstream.media import inline
+from tokenwire_service.upstream.media import has_unread_type, inline
 from tokenwire_service.upstream.request import Turn, Unsupported, parameters, turns
 
 ToolChoice = chat_pb2.ToolChoice
@@ -279,10 +279,10 @@ def _assistant(turn: Turn, unsupported: Unsupported) -> dict[str, Any]:
     if isinstance(blocks, list) and _is_unchanged(turn, blocks):
         out: dict[str, Any] = {"role": "assistant", "content": blocks}
     else:
-        # Thoughts without their signature are refused, and sources have no place.
+        # The API refuses thoughts without their signature, and sources have no place.
         for name in ("reasoning", "annotations"):
             if _has(message, name):
-                unsupported.leave_out(f"{turn.path}.{name}")
+                unsupported.note(f"{turn.path}.{name}")
         content = _content(turn, unsupported)
         if message.refusal:  # the words in which the model declined
             content = [*_as_blocks(content), {"type": "text", "text": message.refusal}]
@@ -366,7 +366,8 @@ def _media(media: chat_pb2.Media, kind: str, path: str, unsupported: Unsupported
     elif (found := inline(media, path)) is None:
         source = {"type": "url", "url": media.url}
     else:
-        block = "image" if found.media_type.startswith("image/") else "document"
+        if kind != "image":
+            block = "image" if found.media_type.startswith("image/") else "document"
         source = {"type": "base64", "media_type": found.media_type, "data": found.data}
         if block == "document" and found.media_type == "text/plain":
             try:
@@ -376,7 +377,9 @@ def _media(media: chat_pb2.Media, kind: str, path: str, unsupported: Unsupported
             source = {"type": "text", "media_type": "text/plain", "data": text}
         elif block == "document" and found.media_type != "application/pdf":
             expected = "an image, application/pdf or text/plain"
-            unsupported.refuse(f"{path}.media_type", expected)
+            unsupported.refuse(path, expected)
+    if has_unread_type(media):
+        unsupported.note(f"{path}.media_type")
     out: dict[str, Any] = {"type": block, "source": source}
     if media.filename and block == "document":
         out["title"] = media.filename
@@ -413,6 +416,8 @@ def _tools(
             tools.append(_function(tool.function, f"tools[{i}].function"))
     wanted: dict[str, Any] | None = None
     if choice.mode == ToolChoice.MODE_NONE:
+        if chat.params.HasField("parallel_tool_calls"):
+            unsupported.note("params.parallel_tool_calls")
         return tools, {"type": "none"}
     if choice.mode == ToolChoice.MODE_AUTO or allowed:
         wanted = {"type": "auto"}
@@ -420,7 +425,9 @@ def _tools(
         wanted = {"type": "any"}
         if len(choice.tool_names) == 1:
             wanted = {"type": "tool", "name": choice.tool_names[0]}
-    if params.HasField("parallel_tool_calls") and tools:
+    if chat.params.HasField("parallel_tool_calls") and not tools:
+        unsupported.note("params.parallel_tool_calls")
+    elif params.HasField("parallel_tool_calls") and tools:
         wanted = wanted or {"type": "auto"}
         wanted["disable_parallel_tool_use"] = not params.parallel_tool_calls
     return tools, wanted
@@ -448,8 +455,13 @@ def _format(wanted: chat_pb2.ResponseFormat, unsupported: Unsupported) -> dict[s
         return {"format": raw_object(wanted.raw_json, "response_format.raw_json")}
     if kind == "json_object":
         unsupported.leave_out("response_format.json_object")
+    if kind == "text":  # which is what there is without any
+        unsupported.note("response_format.text")
     if kind != "json_schema":
         return {}
+    unsupported.note("response_format.json_schema.name")
+    if wanted.json_schema.HasField("strict"):
+        unsupported.note("response_format.json_schema.strict")
     if wanted.json_schema.description:
         unsupported.leave_out("response_format.json_schema.description")
     path = "response_format.json_schema.schema_json"

@@ -19,7 +19,7 @@ from tokenwire_service.upstream import dashscope_answers, json_text, native
 from tokenwire_service.upstream.classify import classify
 from tokenwire_service.upstream.dialect import Dialect, Encoded, Route
 from tokenwire_service.upstream.json_text import json_object, patched, raw_object
-from tokenwire_service.upstream.media import inline
+from tokenwire_service.upstream.media import has_unread_type, inline
 from tokenwire_service.upstream.request import Turn, Unsupported, parameters, turns
 
 ToolChoice = chat_pb2.ToolChoice
@@ -193,7 +193,7 @@ def _message(turn: Turn, multimodal: bool, unsupported: Unsupported) -> dict[str
     elif message.name:
         unsupported.leave_out(f"{turn.path}.name")
     if message.annotations:
-        unsupported.leave_out(f"{turn.path}.annotations")
+        unsupported.note(f"{turn.path}.annotations")
     if message.refusal:  # the words in which the model declined
         out["content"] = _with(out["content"], message.refusal, multimodal)
     if message.HasField("reasoning"):
@@ -251,6 +251,8 @@ def _media(media: chat_pb2.Media, kind: str, path: str, unsupported: Unsupported
         unsupported.leave_out(f"{path}.filename")
     if media.detail not in ("", "auto"):
         unsupported.leave_out(f"{path}.detail")
+    if has_unread_type(media):
+        unsupported.note(f"{path}.media_type")
     found = inline(media, path)
     return {kind: found.url if found is not None else media.url}
 

@@ -18,7 +18,7 @@ from tokenwire_service.upstream import gemini_answers, json_text, native
 from tokenwire_service.upstream.classify import classify
 from tokenwire_service.upstream.dialect import Dialect, Encoded, Route, path_segment
 from tokenwire_service.upstream.json_text import patched, raw_object
-from tokenwire_service.upstream.media import inline
+from tokenwire_service.upstream.media import has_unread_type, inline
 from tokenwire_service.upstream.request import Turn, Unsupported, parameters, turns
 
 ToolChoice = chat_pb2.ToolChoice
@@ -87,7 +87,9 @@ class Gemini(Dialect):
             config |= _format(chat.response_format, unsupported)
         if config:
             body["generationConfig"] = config
-        if "parallel_tool_calls" in asked and not params.parallel_tool_calls:
+        if "parallel_tool_calls" in asked and params.parallel_tool_calls:
+            unsupported.note("params.parallel_tool_calls")  # it always may
+        elif "parallel_tool_calls" in asked:
             unsupported.leave_out("params.parallel_tool_calls")
         if chat.service_tier and chat.service_tier != "auto":  # which is what not saying it means
             tier = "standard" if chat.service_tier == "default" else chat.service_tier
@@ -265,7 +267,9 @@ class _Conversation:
         parts = kept.get("parts") if kept is not None else None
         if isinstance(parts, list) and _is_unchanged(turn, parts):
             return self._patched({"role": "model", "parts": parts}, rest, turn)
-        self._leave_out(turn, "reasoning", "annotations")  # it takes no thoughts of others
+        for name in ("reasoning", "annotations"):  # it takes no thoughts of others, nor sources
+            if getattr(message, name):
+                self._unsupported.note(f"{turn.path}.{name}")
         parts = [self._part(part, kind, path) for part, path, kind in _kinds(turn)]
         if message.refusal:  # the words in which the model declined
             parts.append({"text": message.refusal})
@@ -303,6 +307,8 @@ class _Conversation:
         out: dict[str, Any]
         if not media.file_id and (found := inline(media, path)) is not None:
             out = {"inlineData": {"mimeType": found.media_type, "data": found.data}}
+            if has_unread_type(media):
+                self._unsupported.note(f"{path}.media_type")
         else:
             file = {"mimeType": media.media_type} if media.media_type else {}
             out = {"fileData": {**file, "fileUri": media.file_id or media.url}}
@@ -400,7 +406,10 @@ def _format(wanted: chat_pb2.ResponseFormat, unsupported: Unsupported) -> dict[s
     if kind == "json_object":
         return {"responseMimeType": "application/json"}
     if kind != "json_schema":
-        return {}
+        return {"responseMimeType": "text/plain"}
+    unsupported.note("response_format.json_schema.name")
+    if wanted.json_schema.HasField("strict"):
+        unsupported.note("response_format.json_schema.strict")
     if wanted.json_schema.description:
         unsupported.leave_out("response_format.json_schema.description")
     path = "response_format.json_schema.schema_json"

@@ -49,5 +49,10 @@ def inline(media: chat_pb2.Media, path: str) -> Inline | None:
     return Inline(media_type, base64.b64encode(octets).decode("ascii"))
 
 
+def has_unread_type(media: chat_pb2.Media) -> bool:
+    """Whether a media type stands beside a reference, or beside bytes that say another."""
+    return bool(media.media_type) and media.WhichOneof("source") != "data"
+
+
 def _bare(media_type: str) -> str:
     return media_type.partition(";")[0].strip().lower()

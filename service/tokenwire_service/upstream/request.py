@@ -65,6 +65,11 @@ class Unsupported:
                 )
             )
 
+    def note(self, path: str) -> None:
+        """A field that is left out without changing what is asked, such as a part of an earlier
+        answer that is handed back: never refused."""
+        self._left_out.append(path)
+
     def refuse(self, path: str, expected: str = "") -> None:
         """A field without which the request would be another one: what is said, a tool."""
         why = f"upstream {self._upstream} does not take it"
