@@ -31,6 +31,7 @@ from tokenwire_service.config import (
     check,
     load,
 )
+from tokenwire_service.providers import AUTO, DIALECTS
 from tokenwire_service.secret import Digest
 from tokenwire_service.settings import PARAMETERS
 from tokenwire_service.typed_yaml import MAX_DEPTH, convert, file_fields, unwrap
@@ -645,7 +646,7 @@ MALFORMED_UPSTREAMS: dict[str, tuple[str, list[str]]] = {
         "  '-': {base_url: http://u, keys: [{env: K}]}",
         [
             "3: upstreams.v.passthrough: got true, as at u, expected it at one upstream only",
-            '3: upstreams.v.dialect: got "other", expected one of auto, openai',
+            f'3: upstreams.v.dialect: got "other", expected one of {", ".join((AUTO, *DIALECTS))}',
             f'4: upstreams.-: got "-", expected {NAME}',
         ],
     ),
