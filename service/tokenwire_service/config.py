@@ -15,11 +15,10 @@ from typing import Any, TextIO
 import msgspec
 from msgspec import UNSET
 
-from tokenwire_service.providers import DIALECTS, matches
+from tokenwire_service.providers import PROFILES
 from tokenwire_service.secret import Digest, Secret
 from tokenwire_service.settings import (
     OPENAI_BASE_URL,
-    OPENAI_UNSUPPORTED,
     Caller,
     Config,
     Drain,
@@ -38,6 +37,8 @@ from tokenwire_service.settings import (
     Upstream,
     UpstreamTimeouts,
     Url,
+    dialect_of,
+    profile_of,
 )
 from tokenwire_service.typed_yaml import Place, Reader, convert, did_you_mean, quoted
 from tokenwire_service.validation import KNOWN_ROLES
@@ -363,8 +364,8 @@ class _Loading:
             if upstream := upstreams.get(model.upstream):
                 unsupported = upstream.unsupported_parameters
                 if unsupported is None:
-                    official = matches(upstream.base_url, DIALECTS["openai"].addresses)
-                    unsupported = OPENAI_UNSUPPORTED if official else frozenset()
+                    _, profile = _language(upstream, model)
+                    unsupported = PROFILES[profile].unsupported if profile else frozenset()
                 unsupported |= model.unsupported_parameters
                 for parameter, _ in model.defaults.ListFields():
                     if parameter.name in unsupported:
@@ -435,6 +436,7 @@ class _Loading:
             self._check_tls(config.tls)
         used = {model.upstream for model in config.models} | {u.name for u in through}
         for upstream in config.upstreams:
+            self._check_azure(upstream, [m for m in config.models if m.upstream == upstream.name])
             if upstream.name not in used:
                 self._warn(("upstreams", upstream.name), "no model and no passthrough leads here")
 
@@ -476,6 +478,14 @@ class _Loading:
             got = f"a file that cannot be used ({_reason(error)})"
             self._reader.problem(("tls", "client_authorities"), got, "certificates, PEM")
 
+    def _check_azure(self, upstream: Upstream, models: list[Model]) -> None:
+        if not any(_language(upstream, model)[0] == "azure" for model in (None, *models)):
+            return
+        if not upstream.base_url.endswith("/openai/v1") and not upstream.api_version:
+            expected = "api_version, or a base_url that ends in /openai/v1"
+            where = ("upstreams", upstream.name)
+            self._reader.problem(where, "the dialect azure without a version", expected)
+
     def _warn(self, place: Place, text: str) -> None:
         self._warnings.append(f"{self._reader.where(place)}: {text}")
 
@@ -506,6 +516,22 @@ def _read_text(path: Path) -> str:
         raise _UnreadableError("unreadable (not UTF-8)") from None
 
 
+def _language(upstream: Upstream, model: Model | None) -> tuple[str, str]:
+    """(dialect, profile), both empty where what decides was too broken to read."""
+    written: list[object] = [
+        upstream.base_url,
+        upstream.dialect,
+        upstream.profile,
+        upstream.api_version,
+    ]
+    if model is not None:
+        written += [model.dialect, model.profile, model.name, model.upstream_model]
+    if UNSET in written:
+        return "", ""
+    name = model.upstream_model if model is not None else ""
+    return dialect_of(upstream, model, name), profile_of(upstream, model, name)
+
+
 def _printable(text: str) -> str:
     """Escape what a terminal obeys or an encoder refuses, lone surrogates included."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
@@ -521,12 +547,18 @@ def _fingerprint(secret: str, organization: str | None) -> str:
     return "key-" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
 
 
+def _spoken(upstream: Upstream) -> str:
+    """What an upstream speaks where its models do not say otherwise, and how that was decided."""
+    dialect, profile = _language(upstream, None)
+    return f"{dialect}, profile {profile}" if profile else dialect
+
+
 def _summary(config: Config) -> Iterator[str]:
     yield f"listen     {config.listen}"
     if config.needs_simulator:
         yield "upstreams  none: no file, and no OPENAI_API_KEY; serve starts the simulator"
     for upstream in config.upstreams:
-        yield f"upstream   {upstream.name}  {upstream.base_url}  ({upstream.dialect})"
+        yield f"upstream   {upstream.name}  {upstream.base_url}  ({_spoken(upstream)})"
         for key in upstream.keys:
             organization = f"  organization {key.organization}" if key.organization else ""
             yield (

@@ -36,10 +36,11 @@ from tokenwire_service.errors import (
 )
 from tokenwire_service.keyring import FIRST_COOLDOWN, STATED_OVERLOAD_CAP, Lease, Unavailable
 from tokenwire_service.pool import Pool
+from tokenwire_service.providers import proto_path
 from tokenwire_service.relay import HEARTBEAT_SECONDS, Outbox, Write
 from tokenwire_service.retry import Backoff, RetryBudget
 from tokenwire_service.secret import Scrubber
-from tokenwire_service.stops import StopFilter, cut_at
+from tokenwire_service.stops import StopFilter, cut_at, stopped
 from tokenwire_service.telemetry import AttemptEvent, Observer
 from tokenwire_service.tokens import layout
 from tokenwire_service.upstream.client import Progress
@@ -69,15 +70,6 @@ _NO_LIST = frozenset(
         error_reason_pb2.ERROR_REASON_MODEL_NOT_FOUND,
     }
 )
-
-# What providers call a parameter, where that is not the proto's own path.
-_PARAM_PATHS = {
-    "max_tokens": "params.max_completion_tokens",
-    "max_completion_tokens": "params.max_completion_tokens",
-    "n": "params.choice_count",
-    "user": "end_user_id",
-    "safety_identifier": "end_user_id",
-}
 
 
 @dataclass
@@ -176,6 +168,7 @@ class Gateway:
                 at = cut_at(choice.message.content, plan.encoded.stop)
                 if at is not None:
                     choice.message.content = choice.message.content[:at]
+                    choice.finish_reason = stopped(choice.finish_reason)
             if response.HasField("usage"):
                 attempt.progress.usage = response.usage
             return response
@@ -512,10 +505,9 @@ class Gateway:
             else:
                 error.resource = ("model", call.chat.model[:200])
         elif fault.fault is Fault.REFUSED and fault.param:
-            path = _PARAM_PATHS.get(fault.param, fault.param)
-            if path in chat_pb2.GenerationParams.DESCRIPTOR.fields_by_name:
-                path = f"params.{path}"
-            error.violations = (Violation(printable(path)[:100], printable(fault.message)),)
+            error.violations = (
+                Violation(printable(proto_path(fault.param))[:100], printable(fault.message)),
+            )
         elif fault.fault in (Fault.RATE_LIMITED, Fault.QUOTA_EXHAUSTED, Fault.CREDIT_TOO_SMALL):
             error.quota = (f"upstream:{name}", SAYINGS[fault.fault])
         return error

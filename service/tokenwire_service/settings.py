@@ -16,14 +16,18 @@ from google.protobuf.descriptor import FieldDescriptor
 from msgspec import Meta, Struct, field
 
 from tokenwire.v1.chat_pb2 import GenerationParams, RoleTemplate
-from tokenwire_service.providers import AUTO, DIALECTS
+from tokenwire_service.providers import (
+    AUTO,
+    DIALECTS,
+    PROFILES,
+    guess_dialect,
+    guess_profile,
+)
 from tokenwire_service.secret import Digest, Secret
 from tokenwire_service.typed_yaml import Field
 from tokenwire_service.validation import RANGES, Range
 
 OPENAI_BASE_URL = "https://api.openai.com/v1"
-# Parameters that api.openai.com refuses with 400; other hosts take what they take.
-OPENAI_UNSUPPORTED = frozenset({"top_k", "min_p", "repetition_penalty", "enable_thinking"})
 
 # Set per request by the gateway or by HTTP itself.
 _RESERVED_HEADERS = re.compile(
@@ -180,11 +184,20 @@ Organization = Annotated[
         extra={"hidden": True},
     ),
 ]
-DialectName = Annotated[
+
+
+def _one_of(*names: str) -> Meta:
+    pattern = "|".join(map(re.escape, names))
+    return Meta(pattern=rf"^(?:{pattern})\Z", description=f"one of {', '.join(names)}")
+
+
+DialectName = Annotated[str, _one_of(AUTO, *DIALECTS)]
+ProfileName = Annotated[str, _one_of(AUTO, *PROFILES)]
+ApiVersion = Annotated[
     str,
     Meta(
-        pattern=rf"^(?:{'|'.join((AUTO, *DIALECTS))})\Z",
-        description=f"one of {', '.join((AUTO, *DIALECTS))}",
+        pattern=r"^(?:\d{4}-\d\d-\d\d(?:-preview)?|preview|latest|v1)\Z",
+        description='a version in quotes such as "2024-10-21"',
     ),
 ]
 FilePath = Annotated[str, Meta(min_length=1, description="the path of a PEM file")]
@@ -378,6 +391,10 @@ class Upstream(Struct, frozen=True, kw_only=True):
     base_url: Url
     # What it speaks; `auto`: guessed by the address, then by the model's name.
     dialect: DialectName = "openai"
+    # What it takes of OpenAI's language, and under which names; `auto`: guessed likewise.
+    profile: ProfileName = AUTO
+    # Of Azure. None: its versionless address, which ends in /openai/v1.
+    api_version: ApiVersion | None = None
     # At least one; in the order written, repetitions dropped.
     keys: Annotated[tuple[Annotated[Key, _KEY], ...], _KEYS]
     # Sent as OpenAI-Organization, in turn, with keys that have none of their own.
@@ -408,6 +425,7 @@ class Model(Struct, frozen=True, kw_only=True):
     upstream_model: ModelName = ""
     # None: the upstream's.
     dialect: DialectName | None = None
+    profile: ProfileName | None = None
     # Other names for it, in no other model.
     aliases: tuple[ModelName, ...] = ()
     # Models to ask instead, in order, when the upstream of this one cannot answer. Keys that cool
@@ -510,3 +528,32 @@ class Config(Struct, frozen=True, kw_only=True):
     def needs_simulator(self) -> bool:
         """Whether there is no upstream: no key in the environment and no file."""
         return not self.upstreams
+
+
+def dialect_of(upstream: Upstream, model: Model | None, model_name: str) -> str:
+    """What is spoken for one model there."""
+    dialect = (model and model.dialect) or upstream.dialect
+    if dialect != AUTO:
+        return dialect
+    return guess_dialect(upstream.base_url, _names(model, model_name))
+
+
+def profile_of(upstream: Upstream, model: Model | None, model_name: str) -> str:
+    """What is taken of OpenAI's language for one model there; "" where another one is spoken.
+
+    A profile is guessed by the model's name only at OpenAI's own addresses, or where the dialect
+    is to be guessed too: what an unknown server calls its models says nothing of what it takes.
+    """
+    dialect = dialect_of(upstream, model, model_name)
+    if DIALECTS[dialect].profile == "":
+        return ""
+    profile = (model and model.profile) or upstream.profile
+    if profile != AUTO:
+        return profile
+    guessed = ((model and model.dialect) or upstream.dialect) == AUTO
+    names = _names(model, model_name)
+    return guess_profile(dialect, upstream.base_url, names, by_name=guessed)
+
+
+def _names(model: Model | None, model_name: str) -> tuple[str, ...]:
+    return (model_name,) if model is None else (model_name, model.name)

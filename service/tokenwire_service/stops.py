@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenwire.v1 import chat_service_pb2
+from tokenwire.v1 import chat_pb2, chat_service_pb2
 
 StreamChatResponse = chat_service_pb2.StreamChatResponse
 
@@ -38,6 +38,8 @@ class StopFilter:
             elif kind == "finish" and (rest := self._held.pop(event.finish.choice_index, "")):
                 last = chat_service_pb2.Delta(content=rest, choice_index=event.finish.choice_index)
                 out.append(StreamChatResponse(delta=last))
+            if kind == "finish" and event.finish.choice_index in self._stopped:
+                event.finish.finish_reason = stopped(event.finish.finish_reason)
             out.append(event)
         return out
 
@@ -54,6 +56,12 @@ class StopFilter:
             self._held[index] = text[-keep:]
             text = text[:-keep]
         return text
+
+
+def stopped(reason: chat_pb2.FinishReason.ValueType) -> chat_pb2.FinishReason.ValueType:
+    """Why an answer ended that was cut at a stop string. The upstream may not have been told of it,
+    and have gone on to its limit."""
+    return chat_pb2.FINISH_REASON_STOP if reason == chat_pb2.FINISH_REASON_LENGTH else reason
 
 
 def cut_at(text: str, stops: Sequence[str]) -> int | None:

@@ -500,6 +500,7 @@ def test_what_a_provider_says_is_handed_on() -> None:
         ({"error": "text"}, "text"),
         ({"message": "text"}, "text"),
         ({"detail": "text"}, "text"),
+        ({"code": -20003, "msg": "text"}, "text"),
         ({"error": {"message": "text"}}, "text"),
         ([{"error": {"message": "text"}}], "text"),
         ({"error": {"message": {"no": "text"}}}, ""),

@@ -31,7 +31,7 @@ from tokenwire_service.config import (
     check,
     load,
 )
-from tokenwire_service.providers import AUTO, DIALECTS
+from tokenwire_service.providers import AUTO, DIALECTS, PROFILES
 from tokenwire_service.secret import Digest
 from tokenwire_service.settings import PARAMETERS
 from tokenwire_service.typed_yaml import MAX_DEPTH, convert, file_fields, unwrap
@@ -640,6 +640,38 @@ MALFORMED_UPSTREAMS: dict[str, tuple[str, list[str]]] = {
             "15: upstreams.u.headers.x-ok: got this header again, expected it once, in any case",
         ],
     ),
+    "azure": (
+        "upstreams:\n  u: {base_url: https://a.openai.azure.com, keys: [{env: K}], "
+        "dialect: azure}\n"
+        "  v: {base_url: https://a.openai.azure.com, keys: [{env: K}], dialect: auto}\n"
+        "  w: {base_url: https://a.openai.azure.com/openai/v1, keys: [{env: K}], dialect: azure}\n"
+        "  x:\n    base_url: http://x\n    keys: [{env: K}]\n    api_version: 2024\n"
+        "  y: {base_url: http://y, keys: [{env: K}], api_version: '2024-10-21'}\n"
+        "  z: {base_url: http://z, keys: [{env: K}]}\n"
+        "models:\n  y: {upstream: y, dialect: azure}\n  z: {upstream: z, dialect: azure}\n"
+        "  p: {upstream: z, profile: gpt}",
+        [
+            *(
+                f"{line}: upstreams.{name}: got the dialect azure without a version, expected "
+                "api_version, or a base_url that ends in /openai/v1"
+                for line, name in ((2, "u"), (3, "v"))
+            ),
+            "8: upstreams.x.api_version: got 2024, expected a version in quotes "
+            'such as "2024-10-21"',
+            "10: upstreams.z: got the dialect azure without a version, expected api_version, or a "
+            "base_url that ends in /openai/v1",
+            f'14: models.p.profile: got "gpt", expected one of {", ".join((AUTO, *PROFILES))}',
+        ],
+    ),
+    "defaults that a profile does not take": (
+        "upstreams:\n  u: {base_url: https://api.mistral.ai/v1, keys: [{env: K}]}\n"
+        "models:\n  a: {upstream: u, defaults: {logprobs: true}}\n"
+        "  b: {upstream: u, profile: compatible, defaults: {logprobs: true}}",
+        [
+            "4: models.a.defaults.logprobs: got a default for a parameter that its upstream does "
+            "not take, expected none, or other unsupported_parameters",
+        ],
+    ),
     "two pass through, and another dialect": (
         "upstreams:\n  u: {base_url: http://u, keys: [{env: K}], passthrough: true}\n"
         "  v: {base_url: http://u, keys: [{env: K}], passthrough: true, dialect: other}\n"
@@ -1008,7 +1040,7 @@ models:
     assert check(Path("t.yaml"), ENVIRON, out) == 0
     assert out.getvalue() == (
         "listen     127.0.0.1:50051\n"
-        "upstream   u  http://u/v1  (openai)\n"
+        "upstream   u  http://u/v1  (openai, profile compatible)\n"
         "  key      a  quota group o  weight 1  organization o\n"
         "model      fast -> u big  also default\n"
         "model      any other name -> u\n"
@@ -1184,13 +1216,14 @@ EXAMPLE_ENVIRON = {
     "OPENAI_API_KEY_TEAM_A": "c",
     "OPENAI_ORG_ID": "org-x",
     "LOCAL_API_KEY": "none",
+    "AZURE_API_KEY": "d",
 }
 
 
 def test_the_example_loads() -> None:
     config = load(EXAMPLE, EXAMPLE_ENVIRON)
     assert config.warnings == ()
-    assert [len(upstream.keys) for upstream in config.upstreams] == [3, 1]
+    assert [len(upstream.keys) for upstream in config.upstreams] == [3, 1, 1]
 
 
 def test_the_example_has_every_field() -> None:

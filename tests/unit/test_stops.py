@@ -2,10 +2,11 @@
 
 import itertools
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenwire.v1 import chat_service_pb2
+from tokenwire.v1 import chat_pb2, chat_service_pb2
 from tokenwire_service.stops import StopFilter, cut_at
 
 Event = chat_service_pb2.StreamChatResponse
@@ -34,6 +35,19 @@ def test_the_text_ends_before_the_stop_string() -> None:
 
 def test_a_stop_string_split_over_deltas_never_shows() -> None:
     assert run(["<|im_end|>"], ["yes<|", "im_", "end|> and more"]) == "yes"
+
+
+@pytest.mark.parametrize(
+    ("said", "told"), [("LENGTH", "STOP"), ("STOP", "STOP"), ("CONTENT_FILTER", "CONTENT_FILTER")]
+)
+def test_an_answer_that_was_cut_did_not_reach_its_limit(said: str, told: str) -> None:
+    """The upstream was not told of the stop string, or went on after it."""
+    reason = chat_pb2.FinishReason.Value(f"FINISH_REASON_{said}")
+    for text, expected in (("a###b", f"FINISH_REASON_{told}"), ("ab", f"FINISH_REASON_{said}")):
+        event = finish()
+        event.finish.finish_reason = reason
+        *_, end = StopFilter(["###"]).apply([delta(text), event])
+        assert chat_pb2.FinishReason.Name(end.finish.finish_reason) == expected
 
 
 def test_what_only_looked_like_the_beginning_of_one_is_not_lost() -> None:

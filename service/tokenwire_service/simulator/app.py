@@ -112,6 +112,7 @@ class Simulator:
                 web.post("/v1" + chat, self._chat),
                 web.post(chat, self._chat),
                 web.post("/openai/deployments/{deployment}" + chat, self._chat),
+                web.post("/openai/v1" + chat, self._chat),
                 web.post("/v1/moved" + chat, self._moved),
                 web.get("/v1/models", self._list_models),
                 web.get("/models", self._list_models),

@@ -214,7 +214,9 @@ def classify_payload(
     """As `classify`, for JSON already decoded: also an error inside a 200 or a stream, where
     `status` is what the payload itself names, or 0."""
     error = _error_object(payload)
-    message = _text(error.get("message") or error.get("detail") or error.get("error"))
+    message = _text(
+        error.get("message") or error.get("detail") or error.get("msg") or error.get("error")
+    )
     code = _text(error.get("code"))
     kind = _text(error.get("type") or error.get("error_type"))
     inner = error.get("innererror")

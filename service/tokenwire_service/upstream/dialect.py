@@ -15,6 +15,7 @@ from urllib.parse import quote
 from tokenwire.v1 import chat_pb2, chat_service_pb2, model_service_pb2
 from tokenwire_service.config import Key, Model, Upstream
 from tokenwire_service.errors import UpstreamFault, Violation, invalid
+from tokenwire_service.settings import dialect_of, profile_of
 from tokenwire_service.upstream import sse
 
 
@@ -28,6 +29,16 @@ class Route:
     upstream: Upstream
     model: Model | None
     model_name: str
+
+    @property
+    def dialect_name(self) -> str:
+        """What is spoken there."""
+        return dialect_of(self.upstream, self.model, self.model_name)
+
+    @property
+    def profile_name(self) -> str:
+        """What is taken there of OpenAI's language; "" where another one is spoken."""
+        return profile_of(self.upstream, self.model, self.model_name)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 
-from tokenwire_service.providers import AUTO, DIALECTS, guess
+from tokenwire_service.providers import DIALECTS
 from tokenwire_service.upstream.dialect import Dialect, Route
 
 
@@ -24,17 +24,6 @@ def chooser() -> Callable[[Route], Dialect]:
     dialects = loaded()
 
     def choose(route: Route) -> Dialect:
-        return dialects[name_of(route)]
+        return dialects[route.dialect_name]
 
     return choose
-
-
-def name_of(route: Route) -> str:
-    """The name of a route's dialect."""
-    name = route.upstream.dialect
-    if route.model is not None and route.model.dialect is not None:
-        name = route.model.dialect
-    if name != AUTO:
-        return name
-    names = (route.model_name, route.model.name) if route.model is not None else (route.model_name,)
-    return guess(route.upstream.base_url, names)

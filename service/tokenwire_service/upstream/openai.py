@@ -5,94 +5,93 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from tokenwire.v1 import chat_pb2, chat_service_pb2, model_service_pb2
 from tokenwire_service.config import Key, Upstream
 from tokenwire_service.errors import UpstreamFault, Violation, invalid
-from tokenwire_service.settings import OPENAI_UNSUPPORTED
+from tokenwire_service.providers import NAMES, PROFILES, Profile
 from tokenwire_service.upstream import json_text, native, openai_answers
 from tokenwire_service.upstream.classify import classify
 from tokenwire_service.upstream.dialect import Dialect, Encoded, Route
 from tokenwire_service.upstream.json_text import patched, raw_object
 from tokenwire_service.upstream.request import Turn, Unsupported, parameters, turns
 
-# GenerationParams fields whose name upstream is another one, or that need their own encoding.
-_PLAIN_PARAMS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "frequency_penalty",
-    "presence_penalty",
-    "repetition_penalty",
-    "seed",
-    "logprobs",
-    "top_logprobs",
-    "enable_thinking",
-    "parallel_tool_calls",
-)
 _TYPED_ONLY = ("model", "messages", "stream")  # of the upstream body
+_REQUEST_FIELDS = ("end_user_id", "prompt_cache_key", "service_tier")  # texts with a name in NAMES
 
 
 class OpenAI(Dialect):
-    """The dialect."""
+    """The dialect. Those who speak it with other paths, headers or errors are its subclasses;
+    those who only take or call something else are profiles."""
+
+    # Whether an object with a `code` and nothing else is an error, also inside a 200.
+    flat_errors = False
 
     # --- request ------------------------------------------------------------------------
 
     def encode(self, chat: chat_service_pb2.ChatRequest, route: Route, *, stream: bool) -> Encoded:
         """The body of POST /chat/completions."""
-        official = _is_openai(route.upstream.base_url)
+        profile = PROFILES[route.profile_name]
+        unsupported = Unsupported(chat, route)
+        effective = parameters(
+            chat,
+            route,
+            unsupported,
+            usual=profile.unsupported,
+            reasoned=profile.reasoned,
+        )
+        params, limit = effective.params, effective.max_completion_tokens
         body: dict[str, Any] = {
             "model": route.model_name,
-            "messages": [_encode_turn(turn) for turn in turns(chat, route)],
+            "messages": [_encode_turn(t, profile, unsupported) for t in turns(chat, route)],
         }
-        unsupported = Unsupported(chat, route)
-        usual = OPENAI_UNSUPPORTED if official else frozenset()
-        effective = parameters(chat, route, unsupported, usual=usual)
-        params, limit = effective.params, effective.max_completion_tokens
-        for name in _PLAIN_PARAMS:
-            if params.HasField(name):  # type: ignore[arg-type]  # a name of the table above
-                body[name] = getattr(params, name)
-        if limit:
-            body["max_completion_tokens" if official else "max_tokens"] = limit
-        if params.HasField("choice_count"):
-            body["n"] = params.choice_count
-        if params.stop:
-            body["stop"] = list(params.stop)
-        if params.logit_bias:
-            body["logit_bias"] = {str(k): v for k, v in sorted(params.logit_bias.items())}
-        for name in ("reasoning_effort", "verbosity"):
-            if value := getattr(params, name):
-                body[name] = value
+        values = _values(params, limit)
+        if profile.stops_here:
+            values.pop("stop", None)
+        for name, value in values.items():
+            _put(body, name, value, profile)
         if chat.tools:
             body["tools"] = [_encode_tool(t, f"tools[{i}]") for i, t in enumerate(chat.tools)]
-        if chat.HasField("tool_choice") and (choice := _encode_tool_choice(chat)) is not None:
+        choice = _encode_tool_choice(chat, unsupported) if chat.HasField("tool_choice") else None
+        if choice is not None and "tool_choice" not in profile.unsupported:
             body["tool_choice"] = choice
+        elif choice == "auto":
+            unsupported.note("tool_choice")  # it is what happens anyway
+        elif choice is not None:
+            unsupported.leave_out("tool_choice")
         if chat.HasField("response_format"):
-            body["response_format"] = _encode_format(chat.response_format)
-        if chat.end_user_id:
-            body["safety_identifier" if official else "user"] = chat.end_user_id
-        if chat.prompt_cache_key:
-            body["prompt_cache_key"] = chat.prompt_cache_key
-        if chat.service_tier:
-            body["service_tier"] = chat.service_tier
+            shape = _encode_format(chat.response_format)
+            if "response_format" not in profile.unsupported:
+                body["response_format"] = shape
+            elif shape == {"type": "text"}:
+                unsupported.note("response_format")  # it is what comes anyway
+            else:
+                unsupported.leave_out("response_format")
+        for name in _REQUEST_FIELDS:
+            if text := getattr(chat, name):
+                if name in profile.unsupported:
+                    unsupported.leave_out(name)
+                else:
+                    _put(body, name, text, profile)
         if stream:
             body["stream"] = True
-            body["stream_options"] = {"include_usage": True}
-            if official:  # random padding against length analysis; the link is TLS to one peer
-                body["stream_options"]["include_obfuscation"] = False
+            if profile.stream_options:
+                body["stream_options"] = dict(profile.stream_options)
         if chat.extra_body_json:
             body = patched(body, chat.extra_body_json, "extra_body_json", _TYPED_ONLY)
         return Encoded(
             self,
-            "/chat/completions",
+            self.path(route),
             json_text.encode(body),
             limit,
             unsupported.settle(),
             tuple(params.stop),
             params.choice_count or 1,
         )
+
+    def path(self, route: Route) -> str:
+        """Where requests go, below the base URL."""
+        return "/chat/completions"
 
     def headers(self, key: Key, organization: str | None) -> Mapping[str, str]:
         """Bearer authentication, with the organization OpenAI should bill."""
@@ -105,11 +104,11 @@ class OpenAI(Dialect):
 
     def decode(self, encoded: Encoded, body: bytes) -> chat_service_pb2.ChatResponse:
         """A whole answer, tolerant in form and strict in substance."""
-        return openai_answers.decode(body)
+        return openai_answers.decode(body, flat_errors=self.flat_errors)
 
     def stream_decoder(self, encoded: Encoded) -> openai_answers.OpenAIStream:
         """A decoder for one stream of chat.completion.chunk objects."""
-        return openai_answers.OpenAIStream(encoded.choices)
+        return openai_answers.OpenAIStream(encoded.choices, flat_errors=self.flat_errors)
 
     def classify(self, status: int, headers: Mapping[str, str], body: bytes) -> UpstreamFault:
         """What a non-200 answer means."""
@@ -127,26 +126,72 @@ class OpenAI(Dialect):
 # --- encoding ---------------------------------------------------------------------------
 
 
-def _encode_turn(turn: Turn) -> dict[str, Any]:
+def _values(params: chat_pb2.GenerationParams, limit: int) -> dict[str, Any]:
+    """What the parameters say, by their proto names, in the order of NAMES."""
+    said = {descriptor.name for descriptor, _ in params.ListFields()}
+    values: dict[str, Any] = {}
+    for name in NAMES:
+        if name in said:
+            values[name] = getattr(params, name)
+    if "max_completion_tokens" in values:
+        values["max_completion_tokens"] = limit
+    if "stop" in values:
+        values["stop"] = list(params.stop)
+    if "logit_bias" in values:
+        values["logit_bias"] = {str(k): v for k, v in sorted(params.logit_bias.items())}
+    return values
+
+
+def _put(body: dict[str, Any], name: str, value: Any, profile: Profile) -> None:
+    """Writes a field where the profile has its place."""
+    value = profile.values[name][value] if name in profile.values else value
+    *levels, last = profile.names.get(name, NAMES[name]).split(".")
+    for level in levels:
+        body = body.setdefault(level, {})
+    body[last] = value
+
+
+def _encode_turn(turn: Turn, profile: Profile, unsupported: Unsupported) -> dict[str, Any]:
     message = turn.message
-    out: dict[str, Any] = {"role": turn.role, "content": turn.content}
+    out: dict[str, Any] = {
+        "role": profile.roles.get(turn.role, turn.role),
+        "content": turn.content,
+    }
     if turn.parts:
-        out["content"] = [_encode_part(part, path) for part, path in turn.parts]
+        out["content"] = [_encode_part(part, path, unsupported) for part, path in turn.parts]
     if message.name:
-        out["name"] = message.name
+        _put_of_turn(out, "name", message.name, turn, profile, unsupported)
     if message.tool_calls:
         out["tool_calls"] = [_encode_call(call) for call in message.tool_calls]
     if message.tool_call_id:
         out["tool_call_id"] = message.tool_call_id
     if message.HasField("reasoning"):
-        out["reasoning_content"] = message.reasoning
+        _put_of_turn(out, "reasoning", message.reasoning, turn, profile, unsupported)
     if message.HasField("refusal"):
-        out["refusal"] = message.refusal
+        _put_of_turn(out, "refusal", message.refusal, turn, profile, unsupported)
+    if message.annotations:
+        unsupported.note(f"{turn.path}.annotations")  # of an earlier answer: nobody takes them back
     if message.extra_json:
         path = f"{turn.path}.extra_json"
         _, rest = native.split(message.extra_json, path)
         out = patched(out, rest, path) if rest else out
     return out
+
+
+def _put_of_turn(
+    out: dict[str, Any],
+    name: str,
+    text: str,
+    turn: Turn,
+    profile: Profile,
+    unsupported: Unsupported,
+) -> None:
+    if f"messages.{name}" not in profile.unsupported:
+        _put(out, f"messages.{name}", text, profile)
+    elif name == "name":  # who said it: without it, something else was said
+        unsupported.leave_out(f"{turn.path}.{name}")
+    else:  # part of an earlier answer, which callers hand back whole
+        unsupported.note(f"{turn.path}.{name}")
 
 
 def _encode_call(call: chat_pb2.ToolCall) -> dict[str, Any]:
@@ -157,41 +202,19 @@ def _encode_call(call: chat_pb2.ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": function}
 
 
-def _encode_part(part: chat_pb2.ContentPart, path: str) -> Any:
+def _encode_part(part: chat_pb2.ContentPart, path: str, unsupported: Unsupported) -> Any:
     kind = part.WhichOneof("part")
     out: Any
     if kind == "raw_json":
         out = raw_object(part.raw_json, f"{path}.raw_json")
     elif kind == "text":
         out = {"type": "text", "text": part.text}
-    elif kind is not None and (media := getattr(part, kind)).file_id:
-        document: dict[str, Any] = {"file_id": media.file_id}
-        if media.filename:
-            document["filename"] = media.filename
-        out = {"type": "file", "file": document}
-    elif kind == "image":
-        image: dict[str, Any] = {"url": _media_url(part.image)}
-        if part.image.detail:
-            image["detail"] = part.image.detail
-        out = {"type": "image_url", "image_url": image}
-    elif kind == "audio":
-        audio_format = part.audio.media_type.partition(";")[0].strip().rpartition("/")[2]
-        audio_format = audio_format.removeprefix("x-")
-        if part.audio.WhichOneof("source") == "data":
-            clip = {
-                "data": base64.b64encode(part.audio.data).decode("ascii"),
-                "format": {"mpeg": "mp3", "wave": "wav"}.get(audio_format, audio_format),
-            }
-            out = {"type": "input_audio", "input_audio": clip}
-        else:
-            out = {"type": "audio_url", "audio_url": {"url": part.audio.url}}
-    elif kind == "video":
-        out = {"type": "video_url", "video_url": {"url": _media_url(part.video)}}
-    elif kind == "file":
-        document = {"file_data": _media_url(part.file)}
-        if part.file.filename:
-            document["filename"] = part.file.filename
-        out = {"type": "file", "file": document}
+    elif kind is not None:
+        media = getattr(part, kind)
+        out, told = _encode_media(kind, media)
+        for descriptor, _ in media.ListFields():
+            if descriptor.name not in told:
+                unsupported.note(f"{path}.{kind}.{descriptor.name}")
     else:
         raise invalid(
             Violation(
@@ -201,6 +224,40 @@ def _encode_part(part: chat_pb2.ContentPart, path: str) -> Any:
     if part.extra_json:
         out = patched(out, part.extra_json, f"{path}.extra_json")
     return out
+
+
+def _encode_media(kind: str, media: chat_pb2.Media) -> tuple[dict[str, Any], frozenset[str]]:
+    """(the part, which of the fields it holds)."""
+    source = media.WhichOneof("source") or ""
+    told: set[str] = {source, "media_type"} if source == "data" else {source}
+    out: dict[str, Any]
+    if source == "file_id" or kind == "file":
+        document = {"file_id": media.file_id} if source == "file_id" else {}
+        if not document:
+            document["file_data"] = _media_url(media)
+        if media.filename:
+            document["filename"] = media.filename
+        out = {"type": "file", "file": document}
+        told.add("filename")
+    elif kind == "image":
+        image: dict[str, Any] = {"url": _media_url(media)}
+        if media.detail:
+            image["detail"] = media.detail
+        out = {"type": "image_url", "image_url": image}
+        told.add("detail")
+    elif kind == "audio" and source == "data":
+        audio_format = media.media_type.partition(";")[0].strip().rpartition("/")[2]
+        audio_format = audio_format.removeprefix("x-")
+        clip = {
+            "data": base64.b64encode(media.data).decode("ascii"),
+            "format": {"mpeg": "mp3", "wave": "wav"}.get(audio_format, audio_format),
+        }
+        out = {"type": "input_audio", "input_audio": clip}
+    elif kind == "audio":
+        out = {"type": "audio_url", "audio_url": {"url": media.url}}
+    else:
+        out = {"type": "video_url", "video_url": {"url": _media_url(media)}}
+    return out, frozenset(told)
 
 
 def _media_url(media: chat_pb2.Media) -> str:
@@ -235,8 +292,10 @@ def _encode_tool(tool: chat_pb2.Tool, path: str) -> Any:
     return {"type": "function", "function": function}
 
 
-def _encode_tool_choice(chat: chat_service_pb2.ChatRequest) -> Any:
+def _encode_tool_choice(chat: chat_service_pb2.ChatRequest, unsupported: Unsupported) -> Any:
     choice = chat.tool_choice
+    if choice.tool_names and choice.mode == chat_pb2.ToolChoice.MODE_NONE:
+        unsupported.note("tool_choice.tool_names")  # without calls, which ones does not matter
     required = choice.mode == chat_pb2.ToolChoice.MODE_REQUIRED
     if not choice.tool_names or choice.mode == chat_pb2.ToolChoice.MODE_NONE:
         return {
@@ -274,7 +333,3 @@ def _encode_format(wanted: chat_pb2.ResponseFormat) -> Any:
     if wanted.json_schema.HasField("strict"):
         schema["strict"] = wanted.json_schema.strict
     return {"type": "json_schema", "json_schema": schema}
-
-
-def _is_openai(base_url: str) -> bool:
-    return urlsplit(base_url).hostname == "api.openai.com"

@@ -65,12 +65,13 @@ _MESSAGE_FIELDS = frozenset(
 _USAGE_FIELDS = frozenset({"prompt_tokens", "completion_tokens", "total_tokens"})
 
 
-def decode(body: bytes) -> chat_service_pb2.ChatResponse:
-    """A whole answer, tolerant in form and strict in substance."""
+def decode(body: bytes, *, flat_errors: bool = False) -> chat_service_pb2.ChatResponse:
+    """A whole answer, tolerant in form and strict in substance. `flat_errors`: whether an object
+    with a `code` in place of choices is an error."""
     answer, _ = load(body)
     if not isinstance(answer, dict):
         raise protocol("the answer is not a JSON object")
-    _raise_error(answer)
+    _raise_error(answer, flat=flat_errors)
     choices = answer.get("choices")
     if not isinstance(choices, list) or not choices:
         raise protocol("the answer has no choices")
@@ -126,8 +127,9 @@ class _CallState:
 class OpenAIStream:
     """Decodes one stream of chunks. See StreamDecoder for the contract."""
 
-    def __init__(self, choices: int = 1) -> None:
+    def __init__(self, choices: int = 1, *, flat_errors: bool = False) -> None:
         self.done = False
+        self._flat_errors = flat_errors
         self._asked = choices
         self.usage: chat_pb2.Usage | None = None
         self._header = chat_service_pb2.ResponseHeader()
@@ -157,7 +159,7 @@ class OpenAIStream:
             raise protocol("a stream event is not a JSON object")
         if event.type == "error" or chunk.get("type") == "error":
             raise classify_payload(chunk, 0, {})
-        _raise_error(chunk)
+        _raise_error(chunk, flat=self._flat_errors)
         choices = chunk.get("choices")
         if not isinstance(choices, list):
             chunk_type = string(chunk.get("object"))
@@ -527,10 +529,12 @@ def _logprob(raw: dict[str, Any]) -> chat_pb2.TokenLogprob:
     )
 
 
-def _raise_error(answer: dict[str, Any]) -> None:
-    """Raises if a 200 carries an error instead of an answer."""
+def _raise_error(answer: dict[str, Any], *, flat: bool) -> None:
+    """Raises if a 200 carries an error instead of an answer. `flat`: also one that is not wrapped
+    in `error`."""
     error = answer.get("error")
-    if error or answer.get("object") == "error":
+    bare = flat and not answer.get("choices") and answer.get("code") not in (None, 0, "", "0")
+    if error or bare or answer.get("object") == "error":
         raise classify_payload(answer, 0, {})
 
 

@@ -122,11 +122,13 @@ def parameters(
     *,
     never: frozenset[str] = frozenset(),
     usual: frozenset[str] = frozenset(),
+    reasoned: frozenset[str] = frozenset(),
 ) -> Parameters:
     """The parameters to send; what is not goes to `unsupported`.
 
     Fields of GenerationParams: the dialect has no words for those in `never`, and its providers
-    do not take those in `usual` unless the configuration of the upstream says otherwise.
+    do not take those in `usual` unless the configuration of the upstream says otherwise, nor those
+    in `reasoned` when the model is asked to reason.
     """
     params = chat_pb2.GenerationParams()
     if route.model is not None:
@@ -137,6 +139,8 @@ def parameters(
         params.logit_bias.clear()
     params.MergeFrom(chat.params)
     configured = route.upstream.unsupported_parameters
+    if params.reasoning_effort not in ("", "none"):
+        usual = usual | reasoned
     without = never | (usual if configured is None else configured)
     if route.model is not None:
         without = without | route.model.unsupported_parameters
