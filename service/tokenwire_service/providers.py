@@ -83,6 +83,20 @@ DIALECTS: Mapping[str, DialectRow] = {
         re.compile(r"intern", re.IGNORECASE),
         profile="internlm",
     ),
+    "anthropic": DialectRow("anthropic:Anthropic", ("api.anthropic.com",)),
+    "gemini": DialectRow(
+        "gemini:Gemini",
+        ("generativelanguage.googleapis.com/v1beta", "generativelanguage.googleapis.com/v1alpha"),
+    ),
+    "dashscope": DialectRow(
+        "dashscope:DashScope",
+        (
+            "dashscope.aliyuncs.com/api/v1",
+            "dashscope-intl.aliyuncs.com/api/v1",
+            "dashscope-us.aliyuncs.com/api/v1",
+            "*.maas.aliyuncs.com/api/v1",
+        ),
+    ),
 }
 
 # Fields and their names in OpenAI's language, in the order in which they are written.

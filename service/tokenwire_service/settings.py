@@ -357,7 +357,8 @@ class UpstreamTimeouts(Struct, frozen=True, kw_only=True):
     connect: Annotated[float, _duration("1ms", "10m")] = 5.0
     # From the request sent to the first byte of a plain answer, or the first text of a stream.
     first_byte: Annotated[float, _duration("1ms", "24h")] = 120.0
-    # Between events of a stream once text has come; comments that keep it alive do not count.
+    # Between events of a stream once text has come; comments and pings that keep it alive do not
+    # count.
     idle: Annotated[float, _duration("1ms", "24h")] = 60.0
 
 

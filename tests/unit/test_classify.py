@@ -36,12 +36,81 @@ def google(status: int, message: str, *details: Any) -> Any:
     return [{"error": {"code": status, "message": message, "status": "X", "details": details}}]
 
 
+def claude(kind: str, message: str) -> Any:
+    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": "r"}
+
+
 def vllm(status: int, message: str, kind: str = "BadRequestError") -> Any:
     return {"object": "error", "message": message, "type": kind, "param": None, "code": status}
 
 
 CASES: dict[str, Case] = {
     # --- keys, accounts, access
+    "Anthropic: no credit with 400": Case(
+        400,
+        claude("invalid_request_error", "Your credit balance is too low to access the API."),
+        Fault.QUOTA_EXHAUSTED,
+        "invalid_request_error",
+    ),
+    "Anthropic: organization disabled": Case(
+        400,
+        claude("invalid_request_error", "This organization has been disabled."),
+        Fault.ACCOUNT_DEAD,
+        "invalid_request_error",
+    ),
+    "Anthropic: prompt and answer together too long": Case(
+        400,
+        claude(
+            "invalid_request_error",
+            "input length and `max_tokens` exceed context limit: 199000 + 20000 > 200000, decrease",
+        ),
+        Fault.CONTEXT_TOO_LONG,
+        "invalid_request_error",
+        facts={"maxContextTokens": "200000"},
+    ),
+    "Anthropic: timeout with 504": Case(
+        504, claude("timeout_error", "x"), Fault.SERVER_ERROR, "timeout_error"
+    ),
+    "Google: leaked key": Case(
+        403,
+        google(403, "Your API key was reported as leaked. Please use another API key."),
+        Fault.KEY_REJECTED,
+        "403",
+    ),
+    "DashScope: too long": Case(
+        400,
+        {"code": "InvalidParameter", "message": "Range of input length should be [1, 30720]"},
+        Fault.CONTEXT_TOO_LONG,
+        "InvalidParameter",
+        facts={"maxContextTokens": "30720"},
+    ),
+    "DashScope: overdue": Case(
+        400,
+        {"code": "PrepaidBillOverdue", "message": "x"},
+        Fault.QUOTA_EXHAUSTED,
+        "PrepaidBillOverdue",
+    ),
+    "DashScope: not for this model": Case(
+        403,
+        {"code": "Model.AccessDenied", "message": "x"},
+        Fault.ACCESS_DENIED,
+        "Model.AccessDenied",
+    ),
+    "DashScope: too many at once": Case(
+        429,
+        {"code": "Throttling.BurstRate", "message": "x"},
+        Fault.RATE_LIMITED,
+        "Throttling.BurstRate",
+    ),
+    "DashScope: busy within a stream": Case(
+        0, {"code": "ModelServing", "message": "x"}, Fault.OVERLOADED, "ModelServing"
+    ),
+    "Anthropic: refused within a stream": Case(
+        0, claude("invalid_request_error", "x"), Fault.REFUSED, "invalid_request_error"
+    ),
+    "a status says more than a word for all": Case(
+        429, claude("invalid_request_error", "x"), Fault.RATE_LIMITED, "invalid_request_error"
+    ),
     "OpenAI: wrong key": Case(
         401,
         openai("Incorrect API key provided: sk-***", "invalid_api_key"),

@@ -26,6 +26,7 @@ _CODES: Mapping[str, Fault] = {
     "invalidapikey": Fault.KEY_REJECTED,  # DashScope
     "authentication_error": Fault.KEY_REJECTED,  # Anthropic, DeepSeek
     "api_key_invalid": Fault.KEY_REJECTED,  # Google
+    "api_key_expired": Fault.KEY_REJECTED,
     "account_deactivated": Fault.ACCOUNT_DEAD,
     "organization_restricted": Fault.ACCOUNT_DEAD,  # Groq, with status 400
     # access
@@ -33,12 +34,21 @@ _CODES: Mapping[str, Fault] = {
     "ip_not_authorized": Fault.ACCESS_DENIED,
     "permission_error": Fault.ACCESS_DENIED,  # Anthropic
     "permission_denied": Fault.ACCESS_DENIED,
+    "accessdenied": Fault.ACCESS_DENIED,  # DashScope
+    "access_denied": Fault.ACCESS_DENIED,
+    "accessdenied.unpurchased": Fault.ACCESS_DENIED,
+    "model.accessdenied": Fault.ACCESS_DENIED,
+    "workspace.accessdenied": Fault.ACCESS_DENIED,
     # money
     "insufficient_quota": Fault.QUOTA_EXHAUSTED,
     "billing_not_active": Fault.QUOTA_EXHAUSTED,
     "billing_hard_limit_reached": Fault.QUOTA_EXHAUSTED,
     "billing_error": Fault.QUOTA_EXHAUSTED,  # Anthropic
     "arrearage": Fault.QUOTA_EXHAUSTED,  # DashScope, with status 400
+    "prepaidbilloverdue": Fault.QUOTA_EXHAUSTED,
+    "postpaidbilloverdue": Fault.QUOTA_EXHAUSTED,
+    "commoditynotpurchased": Fault.QUOTA_EXHAUSTED,
+    "allocationquota.freetieronly": Fault.QUOTA_EXHAUSTED,
     "1113": Fault.QUOTA_EXHAUSTED,  # Zhipu
     "exceeded_current_quota_error": Fault.QUOTA_EXHAUSTED,  # Moonshot
     # rate
@@ -48,6 +58,8 @@ _CODES: Mapping[str, Fault] = {
     "rate_limit_error": Fault.RATE_LIMITED,  # Anthropic
     "throttling.ratequota": Fault.RATE_LIMITED,  # DashScope
     "throttling.allocationquota": Fault.RATE_LIMITED,
+    "throttling.burstrate": Fault.RATE_LIMITED,
+    "throttling": Fault.RATE_LIMITED,
     # the provider
     "engine_overloaded": Fault.OVERLOADED,
     "engine_overloaded_error": Fault.OVERLOADED,  # Moonshot
@@ -66,12 +78,29 @@ _CODES: Mapping[str, Fault] = {
     "datainspectionfailed": Fault.CONTENT_FILTERED,
     "responsibleaipolicyviolation": Fault.CONTENT_FILTERED,  # Azure innererror
     "model_not_found": Fault.MODEL_NOT_FOUND,
-    "modelnotfound": Fault.MODEL_NOT_FOUND,
+    "modelnotfound": Fault.MODEL_NOT_FOUND,  # DashScope
+    "model.notexist": Fault.MODEL_NOT_FOUND,
     "deploymentnotfound": Fault.MODEL_NOT_FOUND,  # Azure
     "model_not_supported": Fault.MODEL_NOT_FOUND,
     "tool_use_failed": Fault.OUTPUT_INVALID,  # Groq
     "json_validate_failed": Fault.OUTPUT_INVALID,  # Groq
     "request_too_large": Fault.TOO_LARGE,  # Anthropic
+}
+
+# The same where there is no status, in a stream or inside a 200; elsewhere the status says more.
+_CODES_ALONE: Mapping[str, Fault] = {
+    # Anthropic
+    "invalid_request_error": Fault.REFUSED,
+    "not_found_error": Fault.MODEL_NOT_FOUND,
+    "timeout_error": Fault.SERVER_ERROR,
+    "api_error": Fault.SERVER_ERROR,
+    # DashScope
+    "invalidparameter": Fault.REFUSED,
+    "invalidparameter.dataexist": Fault.REFUSED,
+    "invalidurl": Fault.REFUSED,
+    "serviceunavailable": Fault.OVERLOADED,
+    "modelunavailable": Fault.OVERLOADED,
+    "modelserving": Fault.OVERLOADED,
 }
 
 _STATUSES: Mapping[int, Fault] = {
@@ -104,7 +133,24 @@ _TEXTS: tuple[tuple[frozenset[int], re.Pattern[str], Fault], ...] = (
         re.compile(r"account .{0,100}deactivated|deactivated account"),
         Fault.ACCOUNT_DEAD,
     ),
-    (frozenset({400}), re.compile(r"prompt is too long"), Fault.CONTEXT_TOO_LONG),  # Anthropic
+    (
+        frozenset({400, 403}),
+        re.compile(r"organization has been disabled"),
+        Fault.ACCOUNT_DEAD,
+    ),  # Anthropic
+    (frozenset({400}), re.compile(r"credit balance is too low"), Fault.QUOTA_EXHAUSTED),
+    (frozenset({403}), re.compile(r"key was reported as leaked"), Fault.KEY_REJECTED),  # Google
+    (frozenset({0, 400}), re.compile(r"prompt is too long"), Fault.CONTEXT_TOO_LONG),  # Anthropic
+    (
+        frozenset({0, 400}),
+        re.compile(r"`max_tokens` exceed context limit"),
+        Fault.CONTEXT_TOO_LONG,
+    ),
+    (
+        frozenset({0, 400}),
+        re.compile(r"Range of input length should be"),
+        Fault.CONTEXT_TOO_LONG,
+    ),  # DashScope
     (frozenset({400}), re.compile(r"maximum context length"), Fault.CONTEXT_TOO_LONG),  # vLLM
     (
         frozenset({400}),
@@ -135,6 +181,7 @@ _TEXTS: tuple[tuple[frozenset[int], re.Pattern[str], Fault], ...] = (
 
 _CONTEXT_LIMIT = re.compile(
     r"maximum context length is (\d{1,9})|> (\d{1,9}) maximum"
+    r"|context limit: [\d+ ]{1,40} > (\d{1,9})|input length should be \[1, (\d{1,9})\]"
     r"|maximum number of tokens allowed \((\d{1,9})\)|limit for this model is (\d{1,9})"
 )
 _PROMPT_TOKENS = re.compile(r"(?:resulted in|requested|too long:|input token count \() ?(\d{1,9})")
@@ -223,6 +270,10 @@ def _fault(
         if found is Fault.QUOTA_EXHAUSTED and "token-limit" in message:
             return Fault.RATE_LIMITED  # DashScope's per-minute throttle under the same name
         return found
+    if not status:
+        for name in (code.lower(), kind.lower()):
+            if name in _CODES_ALONE:
+                return _CODES_ALONE[name]
     if status == 404 and kind.lower() == "not_found_error":
         return Fault.MODEL_NOT_FOUND  # Anthropic
     if status in _STATUSES:

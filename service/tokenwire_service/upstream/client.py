@@ -348,8 +348,9 @@ class Answer:
             except UpstreamFault as fault:
                 self._fault = fault
             self._begun = self._begun or any(each.HasField("delta") for each in decoded)
-            if self._begun and any(event.data.strip() for event in events):
-                self._silent_at = self._now() + self._idle  # else they only keep it alive
+            # Events without data, and Anthropic's pings, only keep the connection alive.
+            if self._begun and any(e.data.strip() and e.type != "ping" for e in events):
+                self._silent_at = self._now() + self._idle
             if decoded:
                 self._size = 0
                 return decoded

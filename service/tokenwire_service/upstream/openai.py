@@ -10,7 +10,7 @@ from tokenwire.v1 import chat_pb2, chat_service_pb2, model_service_pb2
 from tokenwire_service.config import Key, Upstream
 from tokenwire_service.errors import UpstreamFault, Violation, invalid
 from tokenwire_service.providers import NAMES, PROFILES, Profile
-from tokenwire_service.upstream import json_text, openai_answers
+from tokenwire_service.upstream import json_text, native, openai_answers
 from tokenwire_service.upstream.classify import classify
 from tokenwire_service.upstream.dialect import Dialect, Encoded, Route
 from tokenwire_service.upstream.json_text import patched, raw_object
@@ -177,7 +177,9 @@ def _encode_turn(turn: Turn, profile: Profile, unsupported: Unsupported) -> dict
     if message.annotations:
         unsupported.note(f"{turn.path}.annotations")  # of an earlier answer: nobody takes them back
     if message.extra_json:
-        out = patched(out, message.extra_json, f"{turn.path}.extra_json")
+        path = f"{turn.path}.extra_json"
+        _, rest = native.split(message.extra_json, path)
+        out = patched(out, rest, path) if rest else out
     return out
 
 

@@ -236,7 +236,7 @@ class OpenAIStream:
             self._delta(delta, index, state, message)
         logprobs = raw.get("logprobs")
         if logprobs:
-            message.logprobs.extend(_logprobs(logprobs))
+            message.logprobs.extend(token_logprobs(logprobs))
         if message.ByteSize():
             message.choice_index = index
             self._emit(out, message)
@@ -395,7 +395,7 @@ def _fill_choice(choice: chat_service_pb2.Choice, raw: dict[str, Any]) -> None:
     extra = rest(raw, _CHOICE_FIELDS)
     logprobs = raw.get("logprobs")
     if isinstance(logprobs, dict) and "content" in logprobs:
-        choice.logprobs.extend(_logprobs(logprobs))
+        choice.logprobs.extend(token_logprobs(logprobs))
     elif logprobs:
         extra["logprobs"] = logprobs
     set_extra(choice, extra)
@@ -505,7 +505,8 @@ def _annotations(raw: Any) -> Iterable[chat_pb2.Annotation]:
             )
 
 
-def _logprobs(raw: Any) -> Iterable[chat_pb2.TokenLogprob]:
+def token_logprobs(raw: Any) -> Iterable[chat_pb2.TokenLogprob]:
+    """OpenAI's {"content": [...]}, as others send it, too."""
     tokens = raw.get("content") if isinstance(raw, dict) else None
     for token in tokens if isinstance(tokens, list) else ():
         if isinstance(token, dict):
