@@ -19,7 +19,7 @@ from tokenwire_service.upstream.classify import classify
 from tokenwire_service.upstream.dialect import Dialect, Encoded, Route
 from tokenwire_service.upstream.json_text import INT32_MAX, json_object, patched, raw_object
 from tokenwire_service.upstream.media import has_unread_type, inline
-from tokenwire_service.upstream.request import Turn, Unsupported, parameters, turns
+from tokenwire_service.upstream.request import Turn, Unsupported, extended, parameters, turns
 
 ToolChoice = chat_pb2.ToolChoice
 
@@ -103,8 +103,7 @@ class Anthropic(Dialect):
             unsupported.leave_out("prompt_cache_key")
         if stream:
             body["stream"] = True
-        if chat.extra_body_json:
-            body = patched(body, chat.extra_body_json, "extra_body_json", _TYPED_ONLY)
+        body = extended(body, chat, route, _TYPED_ONLY)
         return Encoded(
             self,
             "/messages",

@@ -20,7 +20,7 @@ from tokenwire_service.upstream.classify import classify
 from tokenwire_service.upstream.dialect import Dialect, Encoded, Route
 from tokenwire_service.upstream.json_text import json_object, patched, raw_object
 from tokenwire_service.upstream.media import has_unread_type, inline
-from tokenwire_service.upstream.request import Turn, Unsupported, parameters, turns
+from tokenwire_service.upstream.request import Turn, Unsupported, extended, parameters, turns
 
 ToolChoice = chat_pb2.ToolChoice
 
@@ -106,8 +106,7 @@ class DashScope(Dialect):
             "input": {"messages": messages},
             "parameters": theirs,
         }
-        if chat.extra_body_json:
-            body = patched(body, chat.extra_body_json, "extra_body_json", _TYPED_ONLY)
+        body = extended(body, chat, route, _TYPED_ONLY)
         sent = body.get("parameters")
         incremental = isinstance(sent, dict) and sent.get("incremental_output") is True
         path = _MULTIMODAL if multimodal else _TEXT

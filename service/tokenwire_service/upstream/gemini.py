@@ -19,7 +19,7 @@ from tokenwire_service.upstream.classify import classify
 from tokenwire_service.upstream.dialect import Dialect, Encoded, Route, path_segment
 from tokenwire_service.upstream.json_text import patched, raw_object
 from tokenwire_service.upstream.media import has_unread_type, inline
-from tokenwire_service.upstream.request import Turn, Unsupported, parameters, turns
+from tokenwire_service.upstream.request import Turn, Unsupported, extended, parameters, turns
 
 ToolChoice = chat_pb2.ToolChoice
 
@@ -97,8 +97,7 @@ class Gemini(Dialect):
         for name in ("end_user_id", "prompt_cache_key"):
             if getattr(chat, name):
                 unsupported.leave_out(name)
-        if chat.extra_body_json:
-            body = patched(body, chat.extra_body_json, "extra_body_json", _TYPED_ONLY)
+        body = extended(body, chat, route, _TYPED_ONLY)
         method = "streamGenerateContent?alt=sse" if stream else "generateContent"
         return Encoded(
             self,
