@@ -90,6 +90,7 @@ class Call:
     deadline: float
     deadline_is_callers: bool
     accepted: bool = False  # before the drain: an item of a batch that runs already
+    counted: bool = False  # among the calls of which retries are a share
     attempts: list[chat_service_pb2.UpstreamAttempt] = field(default_factory=list)
     usage: chat_pb2.Usage | None = None  # known at the end; estimated where the upstream was cut
 
@@ -102,6 +103,7 @@ class Plan:
     pool: Pool
     encoded: Encoded
     patient: bool = True  # waits for what cools: not while there is another model to ask
+    unpaid: bool = False  # going back to it is a retry that the budget has not granted yet
     seen: Counter[Fault] = field(default_factory=Counter)  # what its attempts met
     last: UpstreamFault | None = None
 
@@ -359,13 +361,14 @@ class Gateway:
         self, call: Call, use: Callable[[Attempt], Awaitable[T]], outbox: Outbox | None = None
     ) -> T:
         """Asks the model's upstream, then those of its fallbacks, until one answers. If none does,
-        waits for the soonest of those that only cool; else the caller hears of the model it asked
-        for. `outbox`: where a stream goes."""
+        waits for those that only cool, the soonest first; else the caller hears of the model it
+        asked for. `outbox`: where a stream goes."""
         route = self.route(call.chat.model)
         names = route.model.fallbacks if route.model is not None else ()
         errors: list[GatewayError] = []
-        cooling: list[tuple[float, Plan]] = []
-        for name in (call.chat.model, *names):
+        told_at = self._now()  # when the first of them was
+        cooling: list[tuple[float, int, Plan]] = []
+        for index, name in enumerate((call.chat.model, *names)):
             try:
                 plan = self._plan(call, self.route(name), stream=outbox is not None)
                 plan.patient = not names
@@ -374,15 +377,29 @@ class Gateway:
                 passing = _FALL_OVER | _UNSUITED if errors else _FALL_OVER
                 if error.reason not in passing or (outbox is not None and outbox.committed):
                     raise
+                if not errors:
+                    told_at = self._now()
                 errors.append(error)
                 if error.reason in _COOLING and error.retry_helps and not plan.patient:
-                    cooling.append((self._now() + (error.retry_after or 0.0), plan))
-        if cooling:
-            until, plan = min(cooling, key=lambda each: each[0])
-            if until < call.deadline:
-                plan.patient = True
+                    cooling.append((self._now() + (error.retry_after or 0.0), index, plan))
+        for until, index, plan in sorted(cooling, key=lambda each: each[0]):
+            if until >= call.deadline:
+                break
+            if plan.unpaid and not self._budget.withdraw():
+                continue
+            plan.patient = True
+            try:
                 return await self._held(call, plan, use)
-        raise errors[0]
+            except GatewayError as error:
+                passing = _FALL_OVER | _UNSUITED if index else _FALL_OVER
+                if error.reason not in passing or (outbox is not None and outbox.committed):
+                    raise
+                if index == 0:
+                    errors[0], told_at = error, self._now()
+        error = errors[0]
+        if error.retry_after is not None:  # told a while ago, perhaps
+            error.retry_after = max(0.0, error.retry_after - (self._now() - told_at))
+        raise error
 
     def _plan(self, call: Call, route: Route, *, stream: bool) -> Plan:
         pool = self._pools[route.upstream.name]
@@ -408,7 +425,8 @@ class Gateway:
 
     async def _attempts(self, call: Call, plan: Plan, use: Callable[[Attempt], Awaitable[T]]) -> T:
         """Calls `use` until it answers or the verdict table, the budget or time says no."""
-        if not call.attempts:
+        if not call.counted:
+            call.counted = True
             self._budget.deposit()
         pool = plan.pool
         while True:
@@ -470,6 +488,7 @@ class Gateway:
         asked_to_wait = delay > 0 and fault.retry_after is not None and not plan.patient
         if self._now() + delay >= call.deadline or asked_to_wait:
             give_up.retry_helps = fault.retry_after is not None  # a caller with more time may wait
+            plan.unpaid = True
             raise give_up
         if not self._budget.withdraw():
             raise give_up
