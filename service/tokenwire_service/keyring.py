@@ -98,14 +98,6 @@ class Block:
     fault: Fault | None = None
     probe: Lease | None = None
 
-    def opens_at(self, now: float) -> float:
-        """`now` if open to this request, inf if no time but only an event can open it."""
-        if self.until == 0:
-            return now
-        if now < self.until:
-            return self.until
-        return now if self.probe is None else math.inf
-
     def strike(self, now: float) -> int:
         """Counts a failure; returns how many there were in a row. Requests that were under way
         together count as one: the first of them closed the scope."""
@@ -312,16 +304,21 @@ class KeyRing:
 
     def _closed(self, state: _KeyState, model: str, now: float, tokens: int) -> Unavailable | None:
         """Why this key cannot serve now, None if it can."""
-        at, fault = now, None
+        at, fault, busy = now, None, False
         for scope in self._scopes(state.key, model):
             block = self._blocks.get(scope)
-            if block is not None and (opens := block.opens_at(now)) > at:
-                at, fault = opens, None if block.until <= now else block.fault
+            if block is None:
+                continue
+            if block.until > at:
+                at, fault = block.until, block.fault
+            busy = busy or (0 < block.until <= now and block.probe is not None)
         for window, cost in ((state.requests, 1), (state.tokens, tokens)):
             if window is not None and (opens := window.opens_at(now, cost)) > at:
                 at, fault = opens, Fault.RATE_LIMITED
         if at > now:
-            return Unavailable(at, fault)
+            return Unavailable(at, fault)  # though it is busy with a probe, too
+        if busy:
+            return Unavailable(math.inf, None)
         limit = state.key.in_flight or math.inf
         group = self._groups.get((state.key.quota_group, model))
         if group is not None and group.in_flight and group.in_flight + 1 > group.limit.at(now):
@@ -430,16 +427,17 @@ def _doubling(first: float, cap: float, strikes: int) -> float:
 
 
 def _soonest(closed: Sequence[Unavailable]) -> Unavailable:
-    """What several closed keys come to: when the soonest that is worth waiting for may serve, and
-    no fault as soon as one is only busy."""
+    """What several closed keys come to: when the soonest that is worth waiting for may serve. As
+    soon as one is only busy, no fault, and when the soonest of all may serve: whoever waits has
+    that one, too."""
+    if any(each.fault is None for each in closed):
+        return Unavailable(min(each.until for each in closed), None)
     waited = [each for each in closed if each.worth_waiting(math.inf)]
-    soonest = min(
+    return min(
         waited or closed,
         key=lambda each: each.until,
         default=Unavailable(math.inf, Fault.KEY_REJECTED),
     )
-    busy = any(each.fault is None for each in waited)
-    return Unavailable(soonest.until, None) if busy else soonest
 
 
 def _window(before: MinuteWindow | None, limit: int | None) -> MinuteWindow | None:

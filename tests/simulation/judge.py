@@ -98,28 +98,17 @@ def i5_retries_are_within_the_budget(history: History) -> Iterator[str]:
 
     As a bucket: each call adds its share, time adds the floor per 10 s, a retry takes one. It
     holds at most what may pile up, so it never runs dry in any window, not only over all. A retry
-    is decided when its call's last attempt before it failed.
+    counts from when it was granted.
     """
     begun = sorted((call.began, 0.0) for call in history.calls)
     taken: list[tuple[float, float]] = []
     for call in history.calls:
-        seen: set[str] = set()
-        before: Request | None = None
+        before: dict[str, Request] = {}  # the last one to each upstream
         for request in call.requests:
-            again = request.upstream in seen
-            # To a model that cooled a call comes back only when the others have failed.
-            back = before is not None and any(
-                before.closed_at <= at <= request.at and upstream != request.upstream
-                for at, upstream in call.refusals
-            )
-            if again and before is not None and before.upstream == request.upstream and not back:
-                stale = before.fault is not None and before.fault.fault is Fault.STALE_CONNECTION
-                if not stale:
-                    taken.append((before.closed_at, 1.0))
-            elif again:
-                taken.append((request.at, 1.0))
-            seen.add(request.upstream)
-            before = request
+            last_one = before.get(request.upstream)
+            if last_one is not None and not _is_stale(last_one):
+                taken.append((_decided_at(call, last_one, request), 1.0))
+            before[request.upstream] = request
     floor = float(history.budget_floor)
     most = floor + 100.0 * history.budget
     level, last = floor, history.began
@@ -130,6 +119,25 @@ def i5_retries_are_within_the_budget(history: History) -> Iterator[str]:
         if level < -EPSILON:
             yield f"I5: at {at:.3f} retries exceed the budget by {-level:.2f}"
             return
+
+
+def _is_stale(request: Request) -> bool:
+    """Whether it reached nobody: what follows is no retry."""
+    return request.fault is not None and request.fault.fault is Fault.STALE_CONNECTION
+
+
+def _decided_at(call: CallRecord, last: Request, request: Request) -> float:
+    """When the retry `request` was granted: when the one before it failed; but where the call asked
+    other models first, and only then went back to this one, that is when it did."""
+    since = [(at, upstream) for at, upstream in call.refusals if last.closed_at <= at <= request.at]
+    if any(upstream == request.upstream for _, upstream in since):
+        return last.closed_at  # granted, and then there was no key
+    others = [
+        r.closed_at
+        for r in call.requests
+        if r.upstream != request.upstream and last.closed_at <= r.at <= request.at
+    ]
+    return max([last.closed_at, *others, *(at for at, _ in since)])
 
 
 def i21_the_loop_is_never_busy_for_nothing(history: History) -> Iterator[str]:
