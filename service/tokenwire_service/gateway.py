@@ -396,10 +396,10 @@ class Gateway:
                     raise
                 if index == 0:
                     errors[0], told_at = error, self._now()
-        error = errors[0]
-        if error.retry_after is not None:  # told a while ago, perhaps
-            error.retry_after = max(0.0, error.retry_after - (self._now() - told_at))
-        raise error
+        told = errors[0]
+        if told.retry_after is not None:  # a while ago, perhaps
+            told.retry_after = max(0.0, told.retry_after - (self._now() - told_at))
+        raise told
 
     def _plan(self, call: Call, route: Route, *, stream: bool) -> Plan:
         pool = self._pools[route.upstream.name]

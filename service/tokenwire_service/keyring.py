@@ -147,10 +147,13 @@ class Unavailable:
 
     `until`: when the soonest may, inf if no time is known. `fault`: what closed it; None if it is
     only busy, with a probe or up to its limit, so that a release may open it at any moment.
+    `look_at`: when the first of all keys may be asked again. Nobody waits for one that is retired
+    or behind the breaker; but those who wait for another have it as soon as it opens.
     """
 
     until: float
     fault: Fault | None
+    look_at: float = field(default=math.inf, compare=False)
 
     def worth_waiting(self, deadline: float) -> bool:
         """Whether a key may serve before `deadline`. A cooling one comes back by itself, a busy
@@ -427,17 +430,18 @@ def _doubling(first: float, cap: float, strikes: int) -> float:
 
 
 def _soonest(closed: Sequence[Unavailable]) -> Unavailable:
-    """What several closed keys come to: when the soonest that is worth waiting for may serve. As
-    soon as one is only busy, no fault, and when the soonest of all may serve: whoever waits has
-    that one, too."""
-    if any(each.fault is None for each in closed):
-        return Unavailable(min(each.until for each in closed), None)
+    """What several closed keys come to: when the soonest that is worth waiting for may serve, and
+    no fault as soon as one is only busy."""
     waited = [each for each in closed if each.worth_waiting(math.inf)]
-    return min(
+    look_at = min((each.until for each in closed), default=math.inf)
+    if any(each.fault is None for each in waited):
+        return Unavailable(look_at, None, look_at)
+    soonest = min(
         waited or closed,
         key=lambda each: each.until,
         default=Unavailable(math.inf, Fault.KEY_REJECTED),
     )
+    return Unavailable(soonest.until, soonest.fault, look_at)
 
 
 def _window(before: MinuteWindow | None, limit: int | None) -> MinuteWindow | None:

@@ -48,7 +48,12 @@ class Request:
         return "".join(self.words)
 
     def __str__(self) -> str:
-        met = self.fault.fault.value if self.fault else "all" if self.complete else "left"
+        met = "all" if self.complete else "left"
+        if self.fault is not None:
+            asked, should = self.fault.retry_after, self.fault.should_retry
+            met = self.fault.fault.value
+            met += "" if asked is None else f", wait {asked:g} s"
+            met += "" if should is None else f", x-should-retry {should}"
         return (
             f"{self.at:.3f}-{self.closed_at:.3f} {self.upstream}/{self.lease.key.id} "
             f"({self.lease.key.quota_group}) for {self.lease.model}: {met}"
@@ -65,6 +70,7 @@ class CallRecord:
     began: float
     deadline: float
     callers_deadline: bool
+    slow: bool = False  # it does not always read at once
     while_draining: bool = False  # it began after the drain did
     requests: list[Request] = field(default_factory=list)
     refusals: list[tuple[float, str]] = field(default_factory=list)  # no key: (when, upstream)
@@ -141,6 +147,16 @@ class Succeeded:
 
 
 @dataclass(slots=True)
+class Told:
+    """A key ring was told with an answer how many requests are left; what that changed."""
+
+    at: float
+    upstream: str
+    lease: Lease
+    changes: Changes
+
+
+@dataclass(slots=True)
 class Released:
     """A lease ended."""
 
@@ -158,10 +174,10 @@ class Replaced:
     keys: tuple[Key, ...]
 
 
-RingEvent = Leased | Denied | Failed | Succeeded | Released | Replaced
+RingEvent = Leased | Denied | Failed | Succeeded | Told | Released | Replaced
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)  # asyncio would show all of it as the result of a task
 class History:
     """What happened, in order."""
 

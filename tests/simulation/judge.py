@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import re
-from bisect import bisect_right
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,16 +28,18 @@ from simulation.history import (
     Replaced,
     Request,
     Succeeded,
+    Told,
 )
+
 from tokenwire_service.admission import Admission
 from tokenwire_service.config import Key
-from tokenwire_service.errors import Fault, UpstreamFault
+from tokenwire_service.errors import Fault
 from tokenwire_service.keyring import Lease
 from tokenwire_service.pool import Pool
 
 EPSILON = 1e-6
 LAST_WORDS = 1.0  # seconds after the deadline for what is held, to a caller who reads slowly
-SECRET = "sk-secret-"  # noqa: S105
+SECRET = "sk-secret-"
 INTERRUPTED = "UPSTREAM_STREAM_INTERRUPTED"
 
 # What docs/errors.md says of a request that met a fault, while nothing has been delivered.
@@ -322,9 +323,9 @@ def _may_stop(history: History, call: CallRecord, requests: Sequence[Request]) -
         return True
     if kind in OTHER_KEY:
         return False  # a refusal would have been recorded
-    asked = min(fault.retry_after or 0.0, 3600.0)
-    if asked and len(call.models) > 1:
+    if fault.retry_after is not None and len(call.models) > 1:
         return True  # nobody waits while there is another model to ask
+    asked = min(fault.retry_after or 0.0, 3600.0)
     longest = max(asked, min(8.0, 0.25 * 2.0 ** (kinds[kind] - 1)))
     return last.closed_at + longest >= call.deadline - EPSILON
 
@@ -400,7 +401,9 @@ class Book:
     leases: set[Lease] = field(default_factory=set)
     running: Counter[str] = field(default_factory=Counter)  # leases by key id, since it came
     recent: dict[str, deque[float]] = field(default_factory=dict)  # leases of a minute, if limited
-    held_back: set[tuple[str, str]] = field(default_factory=set)  # (group, model) met a 429, ever
+    held_back: set[tuple[str, str]] = field(
+        default_factory=set
+    )  # (group, model): a limit was learnt
 
     def closed(self, key: Key, model: str, at: float) -> bool:
         """Whether some scope is closed to the key; not: merely busy with a probe."""
@@ -506,6 +509,9 @@ def judge_keys(history: History) -> list[str]:
             case Succeeded():
                 broken += i9_an_answer_closes_nothing(book, event)
                 _book_success(book, event)
+            case Told():
+                broken += i9_few_requests_left_close_nothing(book, event)
+                book.held_back.add((event.lease.key.quota_group, event.lease.model))
             case Released():
                 broken += i11_leases_end_with_their_request(book, event)
                 _book_release(book, event)
@@ -624,6 +630,12 @@ def i9_an_answer_closes_nothing(book: Book, event: Succeeded) -> Iterator[str]:
             yield f"I6: at {event.at:.3f} an answer opens {scope}, which it did not probe"
     for scope in opened - {scope for scope, _, _ in event.changes}:
         yield f"I7: at {event.at:.3f} a probe was answered, and {scope} stays closed"
+
+
+def i9_few_requests_left_close_nothing(book: Book, event: Told) -> Iterator[str]:
+    """That few are left lowers how many run at once, and no more."""
+    for scope, _, _ in event.changes:
+        yield f"I9: at {event.at:.3f} requests that are left change {scope}"
 
 
 def i11_leases_end_with_their_request(book: Book, event: Released) -> Iterator[str]:

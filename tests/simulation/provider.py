@@ -17,6 +17,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from simulation.history import DELTAS, FIRST_BYTE, UNARY, CallRecord, Request
+
 from tokenwire.v1 import chat_pb2, chat_service_pb2, error_reason_pb2
 from tokenwire_service.config import Key, Upstream
 from tokenwire_service.errors import Fault, GatewayError, UpstreamFault
@@ -123,7 +124,7 @@ class Provider:
         self._world = world
         self._random: Random = world.random
         random = self._random
-        self.misery = random.choice([0.0, 0.01, 0.05, 0.3])
+        self.misery = random.choice([0.0, 0.05, 0.3, 0.6])
         self.latency = random.choice([0.05, 0.5, 3.0])  # seconds until the first byte
         self.gap = random.choice([0.02, 0.25, 2.0])  # seconds between words
         self.stalls = random.choice([0.0, 0.0, 0.02])  # share of streams that fall silent
@@ -272,15 +273,18 @@ class Provider:
             return
         key: Key = random.choice(keys)
         account = self.accounts[self.account_of[key.id]]
-        match random.randrange(8):
+        model = random.choice(self._world.names)
+        match random.randrange(9):
             case 0:
                 self.revoked.add(key.secret.reveal())
             case 1:
-                self.denied.add((key.secret.reveal(), random.choice(self._world.names)))
-            case 2 | 3 | 4:
+                self.denied.add((key.secret.reveal(), model))
+            case 2:
+                self.denied |= {(each.secret.reveal(), model) for each in keys}
+            case 3 | 4:
                 account.broke_until = self._world.now() + random.choice([30.0, 400.0, 2000.0])
             case 5:
-                account.dead = random.random() < 0.3
+                account.dead = random.random() < 0.5
             case 6:
                 self.denied.clear()
             case _:

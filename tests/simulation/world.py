@@ -18,7 +18,6 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any, cast
 
 from google.rpc import error_details_pb2
-
 from simulation.history import (
     BACKOFF,
     BULKHEAD,
@@ -40,10 +39,12 @@ from simulation.history import (
     Replaced,
     Request,
     Succeeded,
+    Told,
 )
 from simulation.judge import at_a_glance
 from simulation.provider import MISTAKES, UNSUITED, Account, Provider
 from simulation.vtime import VirtualLoop
+
 from tokenwire.v1 import chat_pb2, chat_service_pb2, error_reason_pb2
 from tokenwire_service.admission import Admission, FullError
 from tokenwire_service.config import Config, Key, Limits, Model, Retries, Timeouts, Upstream
@@ -64,7 +65,7 @@ WRITE_TIMEOUT = 20.0
 FIRST_BYTE_TIMEOUT = 30.0
 IDLE_TIMEOUT = 15.0
 QUANTUM = 0.25  # seconds: in some worlds much happens at the very same moment
-SECRET = "sk-secret-"  # how each begins  # noqa: S105
+SECRET = "sk-secret-"  # how each begins
 NOWHERE = "nowhere"  # a model that nobody configured
 
 # Models, each with its upstream and its fallbacks.
@@ -98,7 +99,7 @@ class World:
         self._tasks: set[asyncio.Task[None]] = set()
         chance = self.random
         self._quantum = chance.random() < 0.25
-        self._rate = chance.choice([0.5, 3.0, 10.0, 40.0])  # calls per second
+        self._rate = chance.choice([0.5, 3.0, 8.0, 20.0])  # calls per second
         self._hurry = chance.choice([0.02, 0.1, 0.3])  # share of callers that leave
         self._slow = chance.choice([0.0, 0.03, 0.2])  # share of callers that read slowly
         self._one_account = chance.random() < 0.2  # quota groups are declared wrongly
@@ -116,6 +117,9 @@ class World:
                 await asyncio.sleep(self.moment(1.0 / self._rate))
                 number += self._arrival(number)
                 self._operate()
+                if not self.gateway.draining and number > 0.98 * self.size:
+                    self.gateway.draining = True
+                    self.history.drained_at = self.now()
             while self._tasks:
                 await asyncio.wait(self._tasks)
         self._at_rest()
@@ -133,7 +137,7 @@ class World:
         chance = self.random
         self.providers: dict[str, Provider] = {}
         self.pools: dict[str, _Pool] = {}
-        in_flight = chance.choice([5, 50, 500])
+        in_flight = chance.choice([8, 100, 500])
         config = Config(
             upstreams=tuple(self._upstream(name) for name in ("u1", "u2", "u3")),
             models=tuple(Model(name=n, upstream=u, fallbacks=f) for n, u, f in MODELS),
@@ -216,11 +220,16 @@ class World:
         """One caller comes, with one call or a batch; how many calls."""
         chance = self.random
         batch = chance.randint(2, 8) if chance.random() < 0.02 else 0
-        caller = _Caller(self, number, batch)
-        task = self._loop.create_task(caller.run())
+        task = _Caller(self, number, batch).begin()
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._gone)
         return batch or 1
+
+    def _gone(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._by_task.pop(task, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            raise error  # a mistake of this world's
 
     def begins(self, call: CallRecord) -> None:
         """The call is served by the running task from now on."""
@@ -259,9 +268,6 @@ class World:
             # Off every quantum, so that nothing else happens at the same moment.
             at = self.now() + chance.random() + 1e-4
             loop.call_at(at, self._glance, at)
-        if not self.gateway.draining and len(self.history.calls) > 0.97 * self.size:
-            self.gateway.draining = True
-            self.history.drained_at = self.now()
 
     def _stall(self) -> None:
         began = self.now()
@@ -391,7 +397,9 @@ class _Caller:
         self._world = world
         now = world.now()
         # Deadlines from 1 ms to beyond the server's maximum, or none.
-        wanted = None if chance.random() < 0.25 else 10 ** chance.uniform(-3.0, 2.5)
+        dice = chance.random()
+        shortest = -3.0 if dice < 0.15 else -0.5
+        wanted = None if dice > 0.6 else 10 ** chance.uniform(shortest, 2.5)
         self._until = math.inf if wanted is None else now + wanted
         self._batch = batch
         method = "item" if batch else chance.choice(["chat", "stream", "stream", "cumulative"])
@@ -422,18 +430,18 @@ class _Caller:
         if chance.random() < world._slow:
             self._pause = chance.choice([0.0, 0.1, 1.0])
             self._stops = chance.choice([-1, -1, 1, 3])
+        for record in self._records:
+            record.slow = self._pause > 0 or self._stops > 0
         self._stops_for = chance.choice([5.0, 15.0, 1e9])
         self._vanishes = False  # rather than to cancel: its connection breaks
         self._gone = asyncio.Event()
         self._writes = 0
         self._next = 0  # item of the batch
 
-    async def run(self) -> None:
-        """Calls, leaves perhaps, and hears what comes of it."""
+    def begin(self) -> asyncio.Task[None]:
+        """Calls, and leaves perhaps."""
         world, chance = self._world, self._world.random
-        work = self._batched() if self._batch else self._single()
-        task = world._loop.create_task(work)
-        timer = None
+        task = world._loop.create_task(self._batched() if self._batch else self._single())
         if chance.random() < world._hurry:
             if chance.random() < 0.6:
                 place = chance.choice(PLACES)
@@ -441,17 +449,9 @@ class _Caller:
                 for record in self._records:
                     world.leavers[record.name] = (place, lambda: self._leave(task))
             else:
-                timer = world._loop.call_later(
-                    world.moment(chance.choice([0.01, 1.0, 10.0])), self._leave, task
-                )
-        try:
-            await asyncio.wait([task])
-            if not task.cancelled():
-                task.result()
-        finally:
-            if timer is not None:
-                timer.cancel()
-            world._by_task.pop(task, None)
+                after = world.moment(chance.choice([0.01, 1.0, 10.0]))
+                world._loop.call_later(after, self._leave, task)
+        return task
 
     def _leave(self, task: asyncio.Task[None]) -> None:
         if task.done():
@@ -688,6 +688,11 @@ class _Ring(KeyRing):
         before = self._untils()
         super().succeed(lease)
         self._tell(Succeeded(self._world.now(), self._name, lease, self._changes(before)))
+
+    def remaining(self, lease: Lease, requests: int, now: float) -> None:
+        before = self._untils()
+        super().remaining(lease, requests, now)
+        self._tell(Told(now, self._name, lease, self._changes(before)))
 
     def fail(self, lease: Lease, fault: UpstreamFault, now: float) -> None:
         before = self._untils()

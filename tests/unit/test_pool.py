@@ -327,6 +327,17 @@ def test_who_waits_for_a_busy_key_has_another_as_soon_as_that_is_asked_again() -
     run(main())
 
 
+def test_who_waits_for_a_key_that_cools_has_another_as_soon_as_that_is_asked_again() -> None:
+    async def main() -> None:
+        pool, _ = pool_of(key("a"), key("b", "t"))
+        fail(pool, await taken(pool), Fault.QUOTA_EXHAUSTED)  # asked again after 300 s
+        fail(pool, await taken(pool), Fault.RATE_LIMITED, 400.0)
+        start = now()
+        assert await use(pool) == start + 300.0
+
+    run(main())
+
+
 def test_nobody_waits_for_a_probe_where_the_upstream_is_closed_anyway() -> None:
     """Found by a simulated world: the breaker tells at once, also those whose key is busy."""
 
