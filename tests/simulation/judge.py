@@ -1,20 +1,19 @@
 """The invariants of docs/invariants.md, judged from a history alone: one function for each.
 
 A rule gets what it needs and yields a sentence for each breach. Rules about calls look at one call
-after the other; rules about keys follow the key rings event by event beside a `Book`, which keeps
-what the state of the keys must be by docs/errors.md. Nothing here is taken from the gateway's own
-tables: the same numbers stand here again, as the documents promise them.
+after the other; rules about keys follow the key rings event by event beside a `Book` (book.py),
+which keeps what the state of the keys must be by docs/errors.md. Nothing here is taken from the
+gateway's own tables: the same numbers stand here again, as the documents promise them.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from simulation.book import Book, scopes_of
 from simulation.history import (
     CANCELLED,
     DEFECT,
@@ -32,9 +31,7 @@ from simulation.history import (
 )
 
 from tokenwire_service.admission import Admission
-from tokenwire_service.config import Key
 from tokenwire_service.errors import Fault
-from tokenwire_service.keyring import Lease
 from tokenwire_service.pool import Pool
 
 EPSILON = 1e-6
@@ -66,7 +63,6 @@ OTHER_KEY = {
     Fault.RATE_LIMITED,
     Fault.QUOTA_EXHAUSTED,
 }
-BREAKER = {Fault.SERVER_ERROR, Fault.UNREACHABLE, Fault.TIMEOUT}
 # Ends of a call that its caller, or its time, brought about.
 OWN_ENDS = {CANCELLED, "DEADLINE_EXCEEDED", "CALLER_STALLED"}
 # What is said to a call without an upstream's doing.
@@ -382,115 +378,6 @@ def after_stalls(history: History, at: float) -> float:
 # --- keys -------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class Scope:
-    """What is closed until a time, then open to one probe."""
-
-    until: float = 0.0  # 0: open
-    strikes: int = 0  # failures in a row
-    probe: Lease | None = None
-
-
-@dataclass(slots=True)
-class Book:
-    """The keys of one upstream as they must be, from what happened to them."""
-
-    keys: dict[str, Key] = field(default_factory=dict)
-    scopes: dict[Hashable, Scope] = field(default_factory=dict)
-    probing: dict[Lease, list[tuple[Hashable, float]]] = field(default_factory=dict)
-    leases: set[Lease] = field(default_factory=set)
-    running: Counter[str] = field(default_factory=Counter)  # leases by key id, since it came
-    recent: dict[str, deque[float]] = field(default_factory=dict)  # leases of a minute, if limited
-    held_back: set[tuple[str, str]] = field(
-        default_factory=set
-    )  # (group, model): a limit was learnt
-
-    def closed(self, key: Key, model: str, at: float) -> bool:
-        """Whether some scope is closed to the key; not: merely busy with a probe."""
-        return any(
-            scope is not None and scope.until > at
-            for scope in map(self.scopes.get, scopes_of(key, model))
-        )
-
-    def untouched(self, key: Key, model: str) -> bool:
-        """Whether nothing at all holds the key back."""
-        return (
-            key.in_flight is None
-            and key.requests_per_minute is None
-            and key.tokens_per_minute is None
-            and (key.quota_group, model) not in self.held_back
-            and not any(
-                scope is not None and scope.until
-                for scope in map(self.scopes.get, scopes_of(key, model))
-            )
-        )
-
-    def expected(self, event: Failed) -> list[tuple[Hashable, float, float]]:
-        """What docs/errors.md says the fault closes: (scope, least and most seconds)."""
-        fault, key, model = event.fault, event.lease.key, event.lease.model
-        match fault.fault:
-            case Fault.RATE_LIMITED:
-                scope: Hashable = ("group", key.quota_group, model)
-                if fault.retry_after is not None:
-                    delay = min(fault.retry_after, 3600.0)
-                else:
-                    delay = min(60.0, 2.0 ** (self.strike(scope, event.at) - 1))
-            case Fault.QUOTA_EXHAUSTED:
-                scope = ("group", key.quota_group)
-                delay = min(3600.0, 300.0 * 2.0 ** (self.strike(scope, event.at) - 1))
-            case Fault.KEY_REJECTED:
-                scope, delay = ("key", key.id, key.secret), math.inf
-            case Fault.ACCESS_DENIED:
-                scope, delay = ("key", key.id, key.secret, model), 3600.0
-            case Fault.ACCOUNT_DEAD:
-                still = self.keys.get(key.id)
-                if still is None or still.secret != key.secret:
-                    dead = [key]  # it was renewed meanwhile: perhaps of another account
-                else:
-                    dead = [k for k in self.keys.values() if k.quota_group == key.quota_group]
-                return [(("key", k.id, k.secret), math.inf, math.inf) for k in dead]
-            case Fault.OVERLOADED:
-                scope = ("upstream", model)
-                strikes = self.strike(scope, event.at)
-                if fault.retry_after is not None:
-                    delay = min(fault.retry_after, 60.0)
-                elif self.is_open(scope) and strikes < 3:
-                    return []
-                else:
-                    delay = min(10.0, 2.0 ** max(0, strikes - 3))
-            case kind if kind in BREAKER:
-                scope = ("upstream",)
-                strikes = self.strike(scope, event.at)
-                if self.is_open(scope) and strikes < 10:
-                    return []
-                delay = min(30.0, 2.0 ** max(0, strikes - 10))
-            case _:
-                return []
-        return [(scope, delay, delay * 1.1)]
-
-    def strike(self, scope: Hashable, at: float) -> int:
-        """Counts a failure; those under way together are one."""
-        state = self.scopes.setdefault(scope, Scope())
-        if state.until <= at:
-            state.strikes += 1
-        return max(1, state.strikes)
-
-    def is_open(self, scope: Hashable) -> bool:
-        return not self.scopes[scope].until
-
-
-def scopes_of(key: Key, model: str) -> tuple[Hashable, ...]:
-    """What can close a key to a model, as docs/errors.md has it."""
-    return (
-        ("key", key.id, key.secret),
-        ("key", key.id, key.secret, model),
-        ("group", key.quota_group),
-        ("group", key.quota_group, model),
-        ("upstream", model),
-        ("upstream",),
-    )
-
-
 def judge_keys(history: History) -> list[str]:
     """Follows the key rings: at each event first the rules, then the books."""
     books: dict[str, Book] = defaultdict(Book)
@@ -501,22 +388,22 @@ def judge_keys(history: History) -> list[str]:
             case Leased():
                 for at_lease in AT_LEASE:
                     broken += at_lease(book, event)
-                _book_lease(book, event)
+                book.leased(event)
             case Denied():
                 broken += i20_no_key_is_open_when_all_are_said_to_be_closed(book, event)
             case Failed():
                 broken += i7_i8_i10_i14_a_fault_closes_what_it_should(book, event)
             case Succeeded():
                 broken += i9_an_answer_closes_nothing(book, event)
-                _book_success(book, event)
+                book.succeeded(event)
             case Told():
                 broken += i9_few_requests_left_close_nothing(book, event)
                 book.held_back.add((event.lease.key.quota_group, event.lease.model))
             case Released():
                 broken += i11_leases_end_with_their_request(book, event)
-                _book_release(book, event)
+                book.released(event)
             case Replaced():
-                _book_keys(book, event)
+                book.replaced(event)
         if len(broken) > 100:
             break
     for upstream, book in books.items():
@@ -550,9 +437,9 @@ def i13_the_least_busy_key_is_taken(book: Book, event: Leased) -> Iterator[str]:
     if event.sticky:
         return
     lease = event.lease
-    busy = book.running[lease.key.id] / lease.key.weight
+    busy = book.running(lease.key.id) / lease.key.weight
     for key in book.keys.values():
-        if book.running[key.id] / key.weight < busy - EPSILON and book.untouched(key, lease.model):
+        if book.running(key.id) / key.weight < busy - EPSILON and book.untouched(key, lease.model):
             yield f"I13: at {event.at:.3f} {lease.key.id} is taken, {key.id} is less busy"
 
 
@@ -570,8 +457,8 @@ def limits_are_kept(book: Book, event: Leased) -> Iterator[str]:
         within = [at for at in book.recent[key.id] if at > event.at - 60.0 + EPSILON]
         if len(within) + 1 > key.requests_per_minute:
             yield f"limits: at {event.at:.3f} {key.id} makes its {len(within) + 1}. in a minute"
-    if key.in_flight is not None and book.running[key.id] + 1 > key.in_flight:
-        yield f"limits: at {event.at:.3f} {key.id} has {book.running[key.id]} requests already"
+    if key.in_flight is not None and book.running(key.id) + 1 > key.in_flight:
+        yield f"limits: at {event.at:.3f} {key.id} has {book.running(key.id)} requests already"
 
 
 AT_LEASE: tuple[Callable[[Book, Leased], Iterable[str]], ...] = (
@@ -601,10 +488,10 @@ def i7_i8_i10_i14_a_fault_closes_what_it_should(book: Book, event: Failed) -> It
     for name, _, after in event.changes:
         if name not in expected:
             yield f"{rule}: at {event.at:.3f} {kind.value} of {key} changes {name}"
-        book.scopes.setdefault(name, Scope()).until = after
+        book.scope(name).until = after
     changed = {name: (before, after) for name, before, after in event.changes}
     for name, (least, most) in expected.items():
-        now = book.scopes.setdefault(name, Scope()).until
+        now = book.scope(name).until
         before, after = changed.get(name, (now, now))
         low, high = event.at + least - EPSILON, event.at + most + EPSILON
         if not (low <= after <= high or after == before >= low):
@@ -642,58 +529,6 @@ def i11_leases_end_with_their_request(book: Book, event: Released) -> Iterator[s
     """Each lease is given back, once."""
     if event.lease not in book.leases:
         yield f"I11: at {event.at:.3f} a lease of {event.lease.key.id} ends that never began"
-
-
-def _book_lease(book: Book, event: Leased) -> None:
-    lease = event.lease
-    book.leases.add(lease)
-    book.running[lease.key.id] += 1
-    if lease.key.id in book.recent:
-        recent = book.recent[lease.key.id]
-        recent.append(event.at)
-        while recent[0] <= event.at - 60.0:
-            recent.popleft()
-    for name in scopes_of(lease.key, lease.model):
-        scope = book.scopes.get(name)
-        if scope is not None and scope.until:
-            scope.probe = lease
-            book.probing.setdefault(lease, []).append((name, scope.until))
-
-
-def _book_success(book: Book, event: Succeeded) -> None:
-    for name, _, after in event.changes:
-        scope = book.scopes[name]
-        scope.until = after
-        if not after:
-            scope.strikes = 0
-    for whole in (("upstream", event.lease.model), ("upstream",)):
-        scope_ = book.scopes.get(whole)
-        if scope_ is not None and not scope_.until:
-            scope_.strikes = 0
-
-
-def _book_release(book: Book, event: Released) -> None:
-    lease = event.lease
-    book.leases.discard(lease)
-    if lease.key.id in book.keys and book.running[lease.key.id]:
-        book.running[lease.key.id] -= 1
-    for name, _ in book.probing.pop(lease, ()):
-        if book.scopes[name].probe is lease:
-            book.scopes[name].probe = None
-
-
-def _book_keys(book: Book, event: Replaced) -> None:
-    before, book.keys = book.keys, {key.id: key for key in event.keys}
-    for key in event.keys:
-        old = before.get(key.id)
-        if old is None:
-            book.running[key.id] = 0  # what its namesake still does is not its own
-        elif old.secret != key.secret:
-            book.scopes.pop(("group", key.quota_group), None)
-        if key.requests_per_minute is None or old is None:
-            book.recent.pop(key.id, None)
-        if key.requests_per_minute is not None:
-            book.recent.setdefault(key.id, deque())
 
 
 # --- at a glance: what must hold at any moment -------------------------------------------
