@@ -22,6 +22,7 @@ from tokenwire.v1 import chat_pb2, chat_service_pb2, error_reason_pb2
 from tokenwire_service.config import Key, Upstream
 from tokenwire_service.errors import Fault, GatewayError, UpstreamFault
 from tokenwire_service.keyring import Lease
+from tokenwire_service.upstream import dialect as dialects
 from tokenwire_service.upstream.client import Progress
 from tokenwire_service.upstream.dialect import Encoded, Route
 
@@ -94,7 +95,7 @@ class Account:
         return None
 
 
-class Dialect:
+class Dialect(dialects.Dialect):
     """Requests need no encoding in this world; the call's name travels in their body."""
 
     def __init__(self, world: World) -> None:
@@ -107,7 +108,7 @@ class Dialect:
         mistake = self._world.mistakes.get((name, route.upstream.name))
         if isinstance(mistake, str):
             raise GatewayError(UNSUITED[mistake], f"{name} does not suit {route.upstream.name}")
-        return Encoded("/chat", name.encode(), chat.params.max_completion_tokens)
+        return Encoded(self, "/chat", name.encode(), chat.params.max_completion_tokens)
 
 
 class Provider:
@@ -115,7 +116,8 @@ class Provider:
 
     def __init__(self, world: World, upstream: Upstream) -> None:
         self.upstream = upstream
-        self.dialect = Dialect(world)
+        dialect = Dialect(world)
+        self.dialect = lambda route: dialect
         self.accounts: dict[str, Account] = {}  # by name
         self.account_of: dict[str, str] = {}  # by key id
         self.revoked: set[str] = set()  # secrets

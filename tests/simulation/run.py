@@ -109,6 +109,8 @@ def summarize(seed: int, size: int = SIZE) -> Summary:
     met["event", "reload"] += history.reloads
     met["event", "stall"] += len(history.stalls)
     met["event", "drain"] += bool(history.drained_at < 1e300)
+    del history
+    gc.collect()  # see `tell`
     return summary
 
 
