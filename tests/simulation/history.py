@@ -75,6 +75,7 @@ class CallRecord:
     requests: list[Request] = field(default_factory=list)
     refusals: list[tuple[float, str]] = field(default_factory=list)  # no key: (when, upstream)
     full: int = 0  # how often a queue refused it
+    slot_at: float = math.inf  # when it had its first slot of the gateway
     place: str = ""
     text: str = ""
     kinds: str = ""  # initials of the messages it received, each once in a row

@@ -8,6 +8,7 @@ gateway's own tables: the same numbers stand here again, as the documents promis
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -93,11 +94,11 @@ def i11_everything_is_given_back(history: History) -> Iterator[str]:
 def i5_retries_are_within_the_budget(history: History) -> Iterator[str]:
     """Retries never exceed the share of calls and the floor, over any window of time.
 
-    As a bucket: each call adds its share, time adds the floor per 10 s, a retry takes one. It
-    holds at most what may pile up, so it never runs dry in any window, not only over all. A retry
-    counts from when it was granted.
+    As a bucket: each call that gets a slot adds its share, time adds the floor per 10 s, a retry
+    takes one, when it is granted. The bucket holds at most what may pile up, so it never runs dry
+    in any window, not only over all.
     """
-    begun = sorted((call.began, 0.0) for call in history.calls)
+    begun = [(call.slot_at, 0.0) for call in history.calls if call.slot_at < math.inf]
     taken: list[tuple[float, float]] = []
     for call in history.calls:
         before: dict[str, Request] = {}  # the last one to each upstream

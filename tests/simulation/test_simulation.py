@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 from simulation import judge as judges
 from simulation.judge import judge
-from simulation.run import LEAST, SEEDS, SIZE, TO_MEET, Summary, digest, on_all_cores, report, tell
+from simulation.run import (
+    LEAST,
+    SEEDS,
+    SIZE,
+    TO_MEET,
+    Summary,
+    digest,
+    on_all_cores,
+    report,
+    story,
+    tell,
+)
 
 INVARIANTS = Path(__file__).parents[2] / "docs" / "invariants.md"
 REQUESTS = 1_000_000
@@ -72,3 +83,12 @@ def test_each_invariant_is_judged_where_the_document_says() -> None:
     told = {int(number) for number, where in rows if "simulation" in where}
     # I15 is judged by the same worlds with and without clocks that jump.
     assert judged | {15} == told
+
+
+def test_one_world_can_be_told_again() -> None:
+    """What `make simulate SEED=1000 CALL=c5` prints: the call, its requests, its outcome."""
+    told = story(1000, 300, "c5")
+    (call,) = [each for each in tell(1000, 300).calls if each.name == "c5"]
+    assert told.startswith("seed 1000: ")
+    assert str(call) in told
+    assert f"{call.outcome} at {call.ended:.3f}" in told

@@ -636,6 +636,8 @@ class _Slots(Admission):
         try:
             async with super().slot(deadline):
                 inside = True
+                if self._place == QUEUE:
+                    call.slot_at = min(call.slot_at, self._world.now())
                 yield
         except FullError:
             call.full += not inside
