@@ -563,7 +563,10 @@ def i20_nobody_waits_for_a_key_that_is_free(pool: Pool, now: float) -> Iterator[
         for found, before in zip(closed[::2], closed[1::2], strict=True):
             if found is None and before is None:
                 yield f"I20: at {now:.3f} {model} waits for a key that is free"
-        if all(each is not None and not each.worth_waiting(waiter.deadline) for each in closed):
+        hopeless = all(
+            each is not None and not each.worth_waiting(waiter.deadline) for each in closed
+        )
+        if hopeless and not ring.in_flight:  # else whoever gives a key back tells them
             yield f"I21: at {now:.3f} {model} waits for keys that come too late, or never"
 
 
