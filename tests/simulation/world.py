@@ -47,6 +47,7 @@ from simulation.vtime import VirtualLoop
 
 from tokenwire.v1 import chat_pb2, chat_service_pb2, error_reason_pb2
 from tokenwire_service.admission import Admission, FullError
+from tokenwire_service.callers import Tenant
 from tokenwire_service.config import Config, Key, Limits, Model, Retries, Timeouts, Upstream
 from tokenwire_service.errors import GatewayError, UpstreamFault
 from tokenwire_service.gateway import Call, Gateway
@@ -554,6 +555,7 @@ class _Caller:
 
     request_id = ""
     started = 0.0
+    tenant = Tenant()  # nobody in particular
 
     def time_remaining(self) -> float | None:
         """Asked once for each item, when it begins."""
