@@ -71,7 +71,7 @@ MUTANTS = (
         "passing = _FALL_OVER | _UNSUITED if errors else _FALL_OVER\n"
         "                if error.reason not in passing or (outbox is not None and outbox."
         "committed)",
-        "passing = _FALL_OVER | _UNSUITED | {error.reason}\n"
+        "passing = _FALL_OVER | {error_reason_pb2.ERROR_REASON_UPSTREAM_STREAM_INTERRUPTED}\n"
         "                if error.reason not in passing",
         (POLICY,),
     ),
