@@ -585,11 +585,14 @@ class _Caller:
             record.outcome = OK
             record.text = answer.response.choices[0].message.content
         else:
-            record.error = str(answer.error)
+            whole = str(answer.error)
             info = error_details_pb2.ErrorInfo()
             for detail in answer.error.details:
                 if detail.Unpack(info):
-                    record.outcome, record.about = info.reason, info.metadata["upstream"]
+                    record.outcome, record.about = info.reason, info.metadata.get("upstream", "")
+            # Protobuf writes maps in an order of its own, another in each process.
+            facts = f"{answer.error.message} {sorted(info.metadata.items())}"
+            record.error = whole if SECRET in whole else facts
         if record.outcome == "INTERNAL":
             record.outcome = DEFECT
         if self._pause:
