@@ -36,9 +36,11 @@ def everything(request: pytest.FixtureRequest) -> Summary:
     """All worlds of a CI run, on all cores; the report goes into the output."""
     began = time.monotonic()
     summary = on_all_cores(SEEDS)
-    terminal = request.config.pluginmanager.getplugin("terminalreporter")
-    terminal.ensure_newline()
-    terminal.write_line(report(summary, time.monotonic() - began))
+    plugins = request.config.pluginmanager
+    terminal = plugins.getplugin("terminalreporter")
+    with plugins.getplugin("capturemanager").global_and_fixture_disabled():
+        terminal.ensure_newline()
+        terminal.write_line(report(summary, time.monotonic() - began))
     return summary
 
 
