@@ -145,6 +145,13 @@ test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete ## Run every te
 .PHONY: faults
 faults: $(BIN)/.complete ## Run the fault wall at full length, half an hour (docs/faults.md)
 	$(BIN)/pytest tests/faults --long $(ARGS)
+.PHONY: simulate
+simulate: $(BIN)/.complete ## Simulate a million requests; SEED=7 tells one world again, SEEDS=0:20 runs some
+	@PYTHONPATH=tests $(BIN)/python -m simulation.run $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(CALL),--call $(CALL))
+
+.PHONY: mutants
+mutants: $(BIN)/.complete ## Break the source on purpose, see which test notices; writes docs/mutants.md
+	@PYTHONPATH=tests $(BIN)/python -m mutation.run $(ARGS)
 
 .PHONY: compatibility
 compatibility: $(BIN)/.complete ## Write docs/compatibility.md from ../shared/corpus

@@ -103,6 +103,7 @@ class Call:
     deadline: float
     deadline_is_callers: bool
     accepted: bool = False  # before the drain: an item of a batch that runs already
+    counted: bool = False  # among the calls of which retries are a share
     attempts: list[chat_service_pb2.UpstreamAttempt] = field(default_factory=list)
     usage: chat_pb2.Usage | None = None  # known at the end; estimated where the upstream was cut
     # Where its time went, seconds; for the record.
@@ -122,6 +123,7 @@ class Plan:
     streams: bool = False  # whether the upstream is asked for a stream, whatever the caller gets
     patient: bool = True  # waits for what cools: not while there is another model to ask
     avoid: frozenset[str] = frozenset()  # quota groups that this request is too large for
+    unpaid: bool = False  # going back to it is a retry that the budget has not granted yet
     seen: Counter[Fault] = field(default_factory=Counter)  # what its attempts met
     last: UpstreamFault | None = None
 
@@ -468,13 +470,14 @@ class Gateway:
         outbox: Outbox | None = None,
     ) -> T:
         """Asks the model's upstream, then those of its fallbacks, until one answers. If none does,
-        waits for the soonest of those that only cool; else the caller hears of the model it asked
-        for. `outbox`: where a stream goes."""
+        waits for those that only cool, the soonest first; else the caller hears of the model it
+        asked for. `outbox`: where a stream goes."""
         route = self.route(call.chat.model)
         names = route.model.fallbacks if route.model is not None else ()
         errors: list[GatewayError] = []
-        cooling: list[tuple[float, Plan]] = []
-        for name in (call.chat.model, *names):
+        told_at = self._now()  # when the first of them was
+        cooling: list[tuple[float, int, Plan]] = []
+        for index, name in enumerate((call.chat.model, *names)):
             plan = None
             try:
                 plan = self._plan(call, self.route(name), stream=stream)
@@ -488,17 +491,33 @@ class Gateway:
                     raise
                 if error.reason not in passing and not over_tier:
                     raise
+                if not errors:
+                    told_at = self._now()
                 errors.append(error)
                 if plan is None or plan.patient:
                     continue
                 if error.reason in _COOLING and error.retry_helps:
-                    cooling.append((self._now() + (error.retry_after or 0.0), plan))
-        if cooling:
-            until, plan = min(cooling, key=lambda each: each[0])
-            if until < call.deadline:
-                plan.patient = True
+                    cooling.append((self._now() + (error.retry_after or 0.0), index, plan))
+        for until, index, plan in sorted(cooling, key=lambda each: each[0]):
+            if until >= call.deadline:
+                break
+            if plan.unpaid and not self._budget.withdraw():
+                continue
+            plan.patient = True
+            try:
                 return await self._held(call, plan, use)
-        raise errors[0]
+            except GatewayError as error:
+                passing = _FALL_OVER | _UNSUITED if index else _FALL_OVER
+                if outbox is not None and outbox.committed:
+                    raise
+                if error.reason not in passing and not plan.over_tier:
+                    raise
+                if index == 0:
+                    errors[0], told_at = error, self._now()
+        told = errors[0]
+        if told.retry_after is not None:  # a while ago, perhaps
+            told.retry_after = max(0.0, told.retry_after - (self._now() - told_at))
+        raise told
 
     def _plan(self, call: Call, route: Route, *, stream: bool) -> Plan:
         """`stream`: what the caller asked for; the upstream may have to be asked otherwise."""
@@ -530,7 +549,8 @@ class Gateway:
 
     async def _attempts(self, call: Call, plan: Plan, use: Callable[[Attempt], Awaitable[T]]) -> T:
         """Calls `use` until it answers or the verdict table, the budget or time says no."""
-        if not call.attempts:
+        if not call.counted:
+            call.counted = True
             self._budget.deposit()
         pool = plan.pool
         while True:
@@ -607,6 +627,7 @@ class Gateway:
         asked_to_wait = delay > 0 and fault.retry_after is not None and not plan.patient
         if self._now() + delay >= call.deadline or asked_to_wait:
             give_up.retry_helps = fault.retry_after is not None  # a caller with more time may wait
+            plan.unpaid = True
             raise give_up
         if not self._budget.withdraw():
             raise give_up

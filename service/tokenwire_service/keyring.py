@@ -104,14 +104,6 @@ class Block:
     fault: Fault | None = None
     probe: Lease | None = None
 
-    def opens_at(self, now: float) -> float:
-        """`now` if open to this request, inf if no time but only an event can open it."""
-        if self.until == 0:
-            return now
-        if now < self.until:
-            return self.until
-        return now if self.probe is None else math.inf
-
     def strike(self, now: float) -> int:
         """Counts a failure; returns how many there were in a row. Requests that were under way
         together count as one: the first of them closed the scope."""
@@ -164,10 +156,13 @@ class Unavailable:
 
     `until`: when the soonest may, inf if no time is known. `fault`: what closed it; None if it is
     only busy, with a probe or up to its limit, so that a release may open it at any moment.
+    `look_at`: when the first of all keys may be asked again. Nobody waits for one that is retired
+    or behind the breaker; but those who wait for another have it as soon as it opens.
     """
 
     until: float
     fault: Fault | None
+    look_at: float = field(default=math.inf, compare=False)
 
     def worth_waiting(self, deadline: float) -> bool:
         """Whether a key may serve before `deadline`. A cooling one comes back by itself, a busy
@@ -406,16 +401,21 @@ class KeyRing:
 
     def _closed(self, state: _KeyState, model: str, now: float, tokens: int) -> Unavailable | None:
         """Why this key cannot serve now, None if it can."""
-        at, fault = now, None
+        at, fault, busy = now, None, False
         for scope in self._scopes(state.key, model):
             block = self._blocks.get(scope)
-            if block is not None and (opens := block.opens_at(now)) > at:
-                at, fault = opens, None if block.until <= now else block.fault
+            if block is None:
+                continue
+            if block.until > at:
+                at, fault = block.until, block.fault
+            busy = busy or (0 < block.until <= now and block.probe is not None)
         for window, cost in ((state.requests, 1), (state.tokens, tokens)):
             if window is not None and (opens := window.opens_at(now, cost)) > at:
                 at, fault = opens, Fault.RATE_LIMITED
         if at > now:
-            return Unavailable(at, fault)
+            return Unavailable(at, fault)  # though it is busy with a probe, too
+        if busy:
+            return Unavailable(math.inf, None)
         limit = state.key.in_flight or math.inf
         group = self._groups.get((state.key.quota_group, model))
         if group is not None and group.in_flight and group.in_flight + 1 > group.limit.at(now):
@@ -597,6 +597,9 @@ def _soonest(closed: Sequence[Unavailable]) -> Unavailable:
     """What several closed keys come to: when the soonest that is worth waiting for may serve, and
     no fault as soon as one is only busy."""
     waited = [each for each in closed if each.worth_waiting(math.inf)]
+    look_at = min((each.until for each in closed), default=math.inf)
+    if any(each.fault is None for each in waited):
+        return Unavailable(look_at, None, look_at)
     # That a key lacks the model is told only if nothing else is wrong with any other.
     other = [each for each in closed if each.fault is not Fault.MODEL_NOT_FOUND]
     soonest = min(
@@ -604,8 +607,7 @@ def _soonest(closed: Sequence[Unavailable]) -> Unavailable:
         key=lambda each: each.until,
         default=Unavailable(math.inf, Fault.KEY_REJECTED),
     )
-    busy = any(each.fault is None for each in waited)
-    return Unavailable(soonest.until, None) if busy else soonest
+    return Unavailable(soonest.until, soonest.fault, look_at)
 
 
 def _window(before: MinuteWindow | None, limit: int | None) -> MinuteWindow | None:

@@ -89,7 +89,7 @@ class Pool:
         turn: asyncio.Future[Lease | Unavailable] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiter(model, deadline, sticky, tokens, avoid, turn))
         self._closed[model, avoid] = found
-        self._look_at(min(found.until, self._alarm_at))
+        self._look_at(min(found.look_at, self._alarm_at))
         try:
             return await turn
         except asyncio.CancelledError:
@@ -135,7 +135,7 @@ class Pool:
             waiter.turn.set_result(found)
         self._waiting = waiting
         self._closed = {waiter.line: closed[waiter.line] for waiter in waiting}
-        self._look_at(min((each.until for each in self._closed.values()), default=math.inf))
+        self._look_at(min((each.look_at for each in self._closed.values()), default=math.inf))
 
     def _look_at(self, at: float) -> None:
         """Looks again when the soonest key opens by itself."""

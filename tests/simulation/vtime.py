@@ -42,6 +42,11 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """Seconds."""
         return self.now
 
+    def stall(self, seconds: float) -> None:
+        """As if the process had stood still for so long: time passes, and nothing runs."""
+        self.now += seconds
+        self._rounds_at_now = 0
+
     def call_at(
         self,
         when: float,

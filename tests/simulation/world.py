@@ -1,500 +1,727 @@
-"""A world for the gateway: providers that fail in every way, callers that leave at any time, all
-from one seed and in virtual time; and a history, from which the invariants are judged.
+"""A world for the gateway: providers, callers and operators that do anything at any time, all from
+one seed and in virtual time. It judges nothing: it writes down what happens (history.py).
 
-The invariants are those of docs/invariants.md, by the same numbers.
+What stands here is the real gateway: Gateway, Pool, KeyRing, Admission, RetryBudget, Backoff, and
+for batches the servicer. Only the sockets on both sides are played, by Provider and by `_Caller`.
+Key rings, pools and slots are watched by subclasses that add nothing but a line in the history.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import random
-from collections import Counter, defaultdict
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, cast
 
-from tokenwire.v1 import chat_pb2, chat_service_pb2
-from tokenwire_service.admission import Admission
+from google.rpc import error_details_pb2
+from simulation.history import (
+    BACKOFF,
+    BULKHEAD,
+    CANCELLED,
+    DEFECT,
+    FINISH,
+    OK,
+    PLACES,
+    QUEUE,
+    WAITING,
+    WRITE,
+    CallRecord,
+    Changes,
+    Denied,
+    Failed,
+    History,
+    Leased,
+    Released,
+    Replaced,
+    Request,
+    Succeeded,
+    Told,
+)
+from simulation.judge import at_a_glance
+from simulation.provider import MISTAKES, UNSUITED, Account, Provider
+from simulation.vtime import VirtualLoop
+
+from tokenwire.v1 import chat_pb2, chat_service_pb2, error_reason_pb2
+from tokenwire_service.admission import Admission, FullError
+from tokenwire_service.callers import Tenant
 from tokenwire_service.config import Config, Key, Limits, Model, Retries, Timeouts, Upstream
-from tokenwire_service.errors import Fault, GatewayError, UpstreamFault
+from tokenwire_service.errors import GatewayError, UpstreamFault
 from tokenwire_service.gateway import Call, Gateway
-from tokenwire_service.keyring import COOLDOWN_CAP, KeyRing, Lease
+from tokenwire_service.keyring import KeyRing, Lease, Unavailable
 from tokenwire_service.pool import Pool
 from tokenwire_service.retry import Backoff
 from tokenwire_service.secret import Secret
+from tokenwire_service.servicer import ChatServicer
+from tokenwire_service.settings import UpstreamTimeouts
 from tokenwire_service.telemetry import AttemptEvent, CallEvent
-from tokenwire_service.upstream.client import Progress
-from tokenwire_service.upstream.dialect import Encoded, Route
 
 Event = chat_service_pb2.StreamChatResponse
-EPSILON = 1e-6
-SERVER_MAXIMUM = 120.0
+
+SERVER_MAXIMUM = 120.0  # seconds of one call
 WRITE_TIMEOUT = 20.0
-OK = "OK"
+FIRST_BYTE_TIMEOUT = 30.0
+IDLE_TIMEOUT = 15.0
+QUANTUM = 0.25  # seconds: in some worlds much happens at the very same moment
+SECRET = "sk-secret-"  # how each begins
+NOWHERE = "nowhere"  # a model that nobody configured
 
-
-@dataclass
-class Sent:
-    """One request as a provider saw it."""
-
-    call: str
-    upstream: str
-    key: str
-    group: str
-    model: str
-    at: float
-
-
-@dataclass
-class Ended:
-    """One call as its caller saw it."""
-
-    call: str
-    began: float
-    deadline: float
-    ended: float
-    outcome: str  # OK, CANCELLED, or the reason
-    text: str
-    whole: str | None  # what the provider meant to say in the attempt that answered last
-    complete: bool  # whether the provider said all of it
-    first_delta: float | None
-    attempts: int
-    error: str
-
-
-@dataclass
-class History:
-    """What happened, in order."""
-
-    sent: list[Sent] = field(default_factory=list)
-    ended: list[Ended] = field(default_factory=list)
-    faults: list[tuple[float, Sent, UpstreamFault]] = field(default_factory=list)
-    broken: list[str] = field(default_factory=list)
-
-    def violation(self, rule: str, what: str) -> None:
-        if len(self.broken) < 20:
-            self.broken.append(f"{rule}: {what}")
-
-
-class Observer:
-    """The gateway's events are not needed here: the world sees more."""
-
-    def attempt(self, event: AttemptEvent) -> None:
-        pass
-
-    def call(self, event: CallEvent) -> None:
-        pass
-
-
-class Dialect:
-    """Requests need no encoding in this world; the call's name travels in their body."""
-
-    def encode(self, chat: chat_service_pb2.ChatRequest, route: Route, *, stream: bool) -> Encoded:
-        return Encoded(self, "/chat", chat.end_user_id.encode(), 0)
-
-
-# What a provider may do to a request, with its weight when it is in a bad mood.
-MOODS: dict[Fault, float] = {
-    Fault.RATE_LIMITED: 8,
-    Fault.SERVER_ERROR: 8,
-    Fault.UNREACHABLE: 4,
-    Fault.OVERLOADED: 5,
-    Fault.TIMEOUT: 3,
-    Fault.PROTOCOL: 2,
-    Fault.TRUNCATED: 4,
-    Fault.STALE_CONNECTION: 3,
-    Fault.QUOTA_EXHAUSTED: 0.3,
-    Fault.KEY_REJECTED: 0.05,
-    Fault.ACCOUNT_DEAD: 0.02,
-    Fault.ACCESS_DENIED: 0.1,
-    Fault.CREDIT_TOO_SMALL: 0.5,
-    Fault.OVER_TIER: 0.5,
-    Fault.OUTPUT_INVALID: 1,
-    Fault.CONTEXT_TOO_LONG: 1,
-    Fault.CONTENT_FILTERED: 1,
-    Fault.MODEL_NOT_FOUND: 0.3,
-    Fault.REFUSED: 1,
-    Fault.TOO_LARGE: 0.5,
-}
-
-
-class Provider:
-    """One upstream of the world; stands where UpstreamClient stands in the gateway."""
-
-    def __init__(self, world: World, upstream: Upstream) -> None:
-        self.upstream = upstream
-        self.dialect = lambda route: Dialect()
-        self.open_answers = 0
-        self._world = world
-        self._random = world.random
-        self._outage_until = 0.0
-        self._outage_fault = Fault.SERVER_ERROR
-        self._next_outage = self._random.expovariate(1 / 300)
-        # How often a request goes wrong out of an outage.
-        self._misery = self._random.choice([0.0, 0.01, 0.05, 0.3])
-
-    async def fetch(
-        self, encoded: Encoded, lease: Lease, progress: Progress
-    ) -> chat_service_pb2.ChatResponse:
-        async with self._request(encoded, lease, progress) as (words, fault):
-            await asyncio.sleep(self._random.expovariate(2.0))
-            if fault is not None:
-                raise fault
-            self._world.said[encoded.body.decode()] = ("".join(words), True)
-            response = chat_service_pb2.ChatResponse()
-            response.choices.add().message.content = "".join(words)
-            return response
-
-    @asynccontextmanager
-    async def open(
-        self, encoded: Encoded, lease: Lease, progress: Progress
-    ) -> AsyncIterator[Answer]:
-        async with self._request(encoded, lease, progress) as (words, fault):
-            yield Answer(self._world, encoded.body.decode(), words, fault)
-
-    @asynccontextmanager
-    async def _request(
-        self, encoded: Encoded, lease: Lease, progress: Progress
-    ) -> AsyncIterator[tuple[list[str], UpstreamFault | None]]:
-        """The request is sent; gives what will be said, and how it goes wrong before the end."""
-        world, now = self._world, self._world.now()
-        call = encoded.body.decode()
-        sent = Sent(call, self.upstream.name, lease.key.id, lease.key.quota_group, lease.model, now)
-        world.before(sent, lease)
-        world.history.sent.append(sent)
-        self.open_answers += 1
-        try:
-            await asyncio.sleep(self._random.expovariate(20.0))
-            fault = self._mood()
-            late = fault is not None and fault.fault in (Fault.TRUNCATED, Fault.TIMEOUT)
-            if fault is not None:
-                world.history.faults.append((world.now(), sent, fault))
-            if fault is not None and not (late and self._random.random() < 0.7):
-                raise fault
-            progress.http_status = 200
-            progress.first_byte_at = world.now()
-            if self._random.random() < 0.2:
-                progress.remaining_requests = self._random.choice([0, 1, 5, 1000])
-            yield [f"{call}.{i} " for i in range(self._random.randint(1, 8))], fault
-        finally:
-            self.open_answers -= 1
-
-    def _mood(self) -> UpstreamFault | None:
-        now = self._world.now()
-        if now >= self._next_outage:
-            self._next_outage = now + self._random.expovariate(1 / 300)
-            self._outage_until = now + self._random.expovariate(1 / 20)
-            self._outage_fault = self._random.choice(
-                [Fault.SERVER_ERROR, Fault.UNREACHABLE, Fault.OVERLOADED, Fault.RATE_LIMITED]
-            )
-        if now < self._outage_until:
-            kind = self._outage_fault
-        elif self._random.random() < self._misery:
-            kind = self._random.choices(list(MOODS), list(MOODS.values()))[0]
-        else:
-            return None
-        stated = None
-        if kind in (Fault.RATE_LIMITED, Fault.OVERLOADED) and self._random.random() < 0.5:
-            stated = self._random.choice([0.05, 1.0, 5.0, 30.0, 1e6])
-        # Real providers echo keys: the gateway must not pass them on.
-        echo = self._random.choice(self.upstream.keys).secret.reveal()
-        return UpstreamFault(
-            kind,
-            f"failed with {echo}",
-            http_status=500,
-            retry_after=stated,
-            should_retry=self._random.choice([None] * 18 + [True, False]),
-        )
-
-
-class Answer:
-    """One stream of the world; stands where upstream.client.Answer stands."""
-
-    def __init__(
-        self, world: World, call: str, words: list[str], fault: UpstreamFault | None
-    ) -> None:
-        self._world = world
-        self._call = call
-        self._words = words
-        self._fault = fault
-        self._cut = len(words) if fault is None else world.random.randint(0, len(words))
-        self._at = 0
-        self._next = world.now() + world.random.expovariate(4.0)
-        self.usage: chat_pb2.Usage | None = None
-        world.said[call] = ("".join(words), fault is None)
-
-    async def read(self, wake_at: float) -> list[Event] | None:
-        now = self._world.now()
-        if wake_at < self._next:
-            await asyncio.sleep(max(0.0, wake_at - now))
-            return []
-        await asyncio.sleep(max(0.0, self._next - now))
-        self._next = self._world.now() + self._world.random.expovariate(4.0)
-        if self._at >= self._cut:
-            if self._fault is not None:
-                raise self._fault
-            return None
-        events = [] if self._at else [Event(header=chat_service_pb2.ResponseHeader(id=self._call))]
-        delta = chat_service_pb2.Delta(content=self._words[self._at])
-        self._at += 1
-        return [*events, Event(delta=delta)]
-
-    def finish(self) -> list[Event]:
-        self.usage = chat_pb2.Usage(completion_tokens=self._at, total_tokens=self._at)
-        return [
-            Event(finish=chat_service_pb2.Finish(finish_reason_raw="stop")),
-            Event(trailer=chat_service_pb2.StreamTrailer(usage=self.usage)),
-        ]
+# Models, each with its upstream and its fallbacks.
+MODELS = (
+    ("a", "u1", ("b",)),
+    ("b", "u2", ()),
+    ("c", "u2", ()),
+    ("d", "u3", ("a", "c")),
+    ("e", "u1", ()),
+)
 
 
 class World:
-    """One seed's world. `run` lets `calls` calls happen and returns the history."""
+    """One seed's world. `run` lets about `size` calls happen and returns the history.
 
-    def __init__(self, seed: int, calls: int) -> None:
+    `clock_jumps`: whether the clocks on the wall jump about meanwhile. It must not matter.
+    """
+
+    def __init__(self, seed: int, size: int, *, clock_jumps: bool = True) -> None:
         self.random = random.Random(seed)
-        self.calls = calls
-        self.history = History()
-        self.said: dict[str, tuple[str, bool]] = {}
-        self.rejected: dict[tuple[str, str], float] = {}
-        self.removed: set[tuple[str, str]] = set()
-        self.secrets: set[str] = set()
+        self.size = size
+        self.history = History(seed, {name: upstream for name, upstream, _ in MODELS})
+        self.running: dict[str, CallRecord] = {}
+        self.mistakes: dict[tuple[str, str], Any] = {}  # (call, upstream): a fault, or UNSUITED
+        self.names = [name for name, _, _ in MODELS]
+        self.now: Callable[[], float] = time.monotonic
+        self._clock_jumps = clock_jumps
+        self.leavers: dict[str, tuple[str, Callable[[], object]]] = {}  # where, and how
+        self._by_task: dict[Any, CallRecord] = {}
         self._generation = 0
-
-    def now(self) -> float:
-        return asyncio.get_running_loop().time()
+        self._tasks: set[asyncio.Task[None]] = set()
+        chance = self.random
+        self._quantum = chance.random() < 0.25
+        self._rate = chance.choice([0.5, 3.0, 8.0, 20.0])  # calls per second
+        self._hurry = chance.choice([0.02, 0.1, 0.3])  # share of callers that leave
+        self._slow = chance.choice([0.0, 0.03, 0.2])  # share of callers that read slowly
+        self._one_account = chance.random() < 0.2  # quota groups are declared wrongly
 
     async def run(self) -> History:
-        upstreams = [self._upstream(name) for name in ("u1", "u2")]
-        self.config = Config(
-            upstreams=tuple(upstreams),
-            models=(
-                Model(name="a", upstream="u1", fallbacks=("b",)),
-                Model(name="b", upstream="u2"),
-                Model(name="c", upstream="u2"),
-            ),
-            limits=Limits(in_flight=self.random.choice([5, 50, 500]), queue=50),
+        """Everything that happens."""
+        loop = cast(VirtualLoop, asyncio.get_running_loop())
+        self._loop = loop
+        self.now = loop.time
+        self.history.began = self.now()
+        with self._clocks():
+            self._build()
+            number = 0
+            while number < self.size:
+                await asyncio.sleep(self.moment(1.0 / self._rate))
+                number += self._arrival(number)
+                self._operate()
+                if not self.gateway.draining and number > 0.98 * self.size:
+                    self.gateway.draining = True
+                    self.history.drained_at = self.now()
+            while self._tasks:
+                await asyncio.wait(self._tasks)
+        self._at_rest()
+        self.history.rounds = loop.rounds
+        return self.history
+
+    def moment(self, mean: float) -> float:
+        """A random time, seconds."""
+        seconds = self.random.expovariate(1.0 / mean)
+        return math.ceil(seconds / QUANTUM) * QUANTUM if self._quantum else seconds
+
+    # --- the gateway --------------------------------------------------------------------
+
+    def _build(self) -> None:
+        chance = self.random
+        self.providers: dict[str, Provider] = {}
+        self.pools: dict[str, _Pool] = {}
+        in_flight = chance.choice([8, 100, 500])
+        config = Config(
+            upstreams=tuple(self._upstream(name) for name in ("u1", "u2", "u3")),
+            models=tuple(Model(name=n, upstream=u, fallbacks=f) for n, u, f in MODELS),
+            limits=Limits(in_flight=in_flight, queue=chance.choice([0, 10, 50])),
             timeouts=Timeouts(total=SERVER_MAXIMUM, write=WRITE_TIMEOUT),
-            retries=Retries(max_attempts=self.random.randint(1, 6)),
+            retries=Retries(
+                max_attempts=chance.randint(1, 6),
+                budget=chance.choice([0.0, 0.2, 0.2, 1.0]),
+                budget_floor=chance.choice([0, 10, 10, 100]),
+            ),
         )
-        self.providers = {u.name: Provider(self, u) for u in upstreams}
-        self.rings = {u.name: KeyRing(u, random=self.random.random) for u in upstreams}
-        pools: dict[str, Any] = {
-            name: Pool(
-                provider,  # type: ignore[arg-type]  # it stands where UpstreamClient stands
-                self.rings[name],
-                Admission(max(1, self.config.limits.in_flight * 3 // 4), 50, self.now),
-                now=self.now,
-            )
-            for name, provider in self.providers.items()
-        }
+        self.config = config
+        history = self.history
+        history.max_attempts = config.retries.max_attempts
+        history.budget, history.budget_floor = config.retries.budget, config.retries.budget_floor
+        for upstream in config.upstreams:
+            self._meet(upstream)
         self.gateway = Gateway(
-            self.config,
-            pools,
-            Observer(),
-            backoff=Backoff(0.25, 8.0, self.random.random),
+            config,
+            self.pools,
+            _Observer(history),
+            backoff=Backoff(0.25, 8.0, chance.random),
+            now=self.now,
+            sleep=self._backs_off,
+        )
+        # The gateway makes its own slots; here they are watched.
+        self.gateway._admission = _Slots(self, QUEUE, in_flight, config.limits.queue)
+        self.servicer = ChatServicer(
+            self.gateway, config, logging.getLogger("simulation"), now=self.now
+        )
+
+    def _meet(self, upstream: Upstream) -> None:
+        config, history = self.config, self.history
+        provider = Provider(self, upstream)
+        for key in upstream.keys:
+            self._open_account(provider, key)
+        ring = _Ring(upstream, self)
+        self.providers[upstream.name] = provider
+        self.pools[upstream.name] = _Pool(
+            cast(Any, provider),  # it stands where UpstreamClient stands
+            ring,
+            _Slots(self, BULKHEAD, max(1, config.limits.in_flight * 3 // 4), config.limits.queue),
             now=self.now,
         )
-        rate = self.random.choice([1.0, 5.0, 30.0])  # calls per second
-        async with asyncio.TaskGroup() as group:
-            for number in range(self.calls):
-                await asyncio.sleep(self.random.expovariate(rate))
-                group.create_task(self._caller(f"c{number}"))
-                if self.random.random() < 0.002:
-                    self._reload()
-        self._at_rest(pools)
-        return self.history
+        self.pools[upstream.name].world = self
+        history.ring.append(Replaced(self.now(), upstream.name, upstream.keys))
+
+    async def _backs_off(self, seconds: float) -> None:
+        call = self.here()
+        self.at(call, BACKOFF)
+        await asyncio.sleep(seconds)
+
+    # --- what the parts of the world tell each other -------------------------------------
+
+    def here(self) -> CallRecord:
+        """The call that the running task serves."""
+        return self._by_task[asyncio.current_task()]
+
+    def at(self, call: CallRecord, place: str) -> None:
+        """The call is about to wait there. Some callers leave just then."""
+        call.place = place
+        leaves = self.leavers.get(call.name)
+        if leaves is not None and leaves[0] == place:
+            del self.leavers[call.name]
+            self._loop.call_later(self.random.choice([0.0, 0.0, 0.01]), leaves[1])
+
+    def enters(self, name: str) -> None:
+        """The call has been routed."""
+        self.running[name].place = "entering"
+
+    def sends(self, call: CallRecord, upstream: str, lease: Lease) -> Request:
+        """A request for the call reaches its provider."""
+        request = Request(call.name, upstream, lease, self.now())
+        call.requests.append(request)
+        return request
 
     # --- callers ------------------------------------------------------------------------
 
-    async def _caller(self, name: str) -> None:
+    def _arrival(self, number: int) -> int:
+        """One caller comes, with one call or a batch; how many calls."""
+        chance = self.random
+        batch = chance.randint(2, 8) if chance.random() < 0.02 else 0
+        task = _Caller(self, number, batch).begin()
+        self._tasks.add(task)
+        task.add_done_callback(self._gone)
+        return batch or 1
+
+    def _gone(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._by_task.pop(task, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            raise error  # a mistake of this world's
+
+    def begins(self, call: CallRecord) -> None:
+        """The call is served by the running task from now on."""
+        call.began = self.now()
+        call.while_draining = self.gateway.draining
+        self.running[call.name] = call
+        self._by_task[asyncio.current_task()] = call
+        if self.random.random() < 0.04:
+            upstream = self.random.choice(list(self.providers))
+            self.mistakes[(call.name, upstream)] = self.random.choice([*MISTAKES, *UNSUITED])
+
+    def ends(self, call: CallRecord) -> None:
+        """The call has its outcome."""
+        self.running.pop(call.name, None)
+        self.leavers.pop(call.name, None)
+        if self.mistakes:
+            for upstream in self.providers:
+                self.mistakes.pop((call.name, upstream), None)
+        self.history.calls.append(call)
+
+    # --- operators ----------------------------------------------------------------------
+
+    def _operate(self) -> None:
+        """After each arrival: what may happen from outside, some time soon."""
+        chance, loop = self.random, self._loop
+        dice = chance.random()
+        if dice < 0.003:
+            loop.call_later(self.moment(0.5), self._reload)
+        elif dice < 0.008:
+            loop.call_later(
+                self.moment(0.5), chance.choice(list(self.providers.values())).misfortune
+            )
+        elif dice < 0.010:
+            loop.call_later(self.moment(0.5), self._stall)
+        elif dice < 0.2:
+            # Off every quantum, so that nothing else happens at the same moment.
+            at = self.now() + chance.random() + 1e-4
+            loop.call_at(at, self._glance, at)
+
+    def _stall(self) -> None:
         began = self.now()
-        wanted = self.random.choice([None, 0.001, 0.5, 3.0, 30.0, 1000.0])
-        allowed = min(SERVER_MAXIMUM, wanted if wanted is not None else math.inf)
-        chat = chat_service_pb2.ChatRequest(
-            model=self.random.choice("aabc"),
-            end_user_id=name,
-            prompt_cache_key=self.random.choice(["", "", "s1", "s2"]),
-        )
-        call = Call(chat, name, began, began + allowed, wanted is not None)
-        received: list[str] = []
-        first: list[float] = []
-        finished: list[bool] = []
-        slow = self.random.random() < 0.05
+        self._loop.stall(self.random.choice([0.05, 2.0, 2.0, 10.0]))
+        self.history.stalls.append((began, self.now()))
 
-        async def write(message: Event) -> None:
-            if message.WhichOneof("event") == "delta":
-                first.append(self.now())
-                received.append(message.delta.content)
-            elif message.WhichOneof("event") == "trailer":
-                finished.append(True)
-            if slow:
-                await asyncio.sleep(self.random.choice([0.1, 5.0, 100.0]))
-
-        async def work() -> None:
-            if self.random.random() < 0.5:
-                await self.gateway.stream(call, write)
-                if not finished:
-                    self.history.violation("I2", f"{name} is OK without a trailer")
-            else:
-                response = await self.gateway.chat(call)
-                received.append(response.choices[0].message.content)
-
-        task = asyncio.ensure_future(work())
-        leaves = None
-        if self.random.random() < 0.15:
-            leaves = asyncio.get_running_loop().call_later(
-                self.random.expovariate(1.0), task.cancel
-            )
-        outcome, text = OK, ""
-        try:
-            await task
-        except GatewayError as error:
-            outcome, text = error.reason_name, f"{error} {error.metadata} {error.quota}"
-            self._judge_error(name, error)
-        except asyncio.CancelledError:
-            outcome = "CANCELLED"
-        except Exception as error:  # a defect of the gateway: the worst outcome of all
-            outcome = "DEFECT"
-            self.history.violation("I1", f"{name}: {type(error).__name__}: {error}")
-        finally:
-            if leaves is not None:
-                leaves.cancel()
-        whole, complete = self.said.pop(name, (None, False))
-        self.history.ended.append(
-            Ended(
-                name, began, began + allowed, self.now(), outcome, "".join(received), whole,
-                complete, first[0] if first else None, len(call.attempts), text,
-            )
-        )  # fmt: skip
-
-    def _judge_error(self, name: str, error: GatewayError) -> None:
-        seen = f"{error!r} {error} {error.metadata}"
-        if any(secret in seen for secret in self.secrets):
-            self.history.violation("I16", f"{name}: a key shows in {error.reason_name}")
-        waits = error.retry_after
-        if waits is not None and waits < 0:
-            self.history.violation("I14", f"{name}: a negative delay")
-
-    # --- keys ---------------------------------------------------------------------------
+    def _glance(self, due: float) -> None:
+        if self.now() > due + QUANTUM / 100:
+            return  # the process stood still: what was due meanwhile comes now
+        admission = self.gateway._admission
+        self.history.seen += at_a_glance(self.now(), list(self.pools.values()), admission)
 
     def _upstream(self, name: str) -> Upstream:
         keys = tuple(self._key(name, i) for i in range(self.random.randint(1, 6)))
-        return Upstream(name=name, base_url=f"http://{name}/v1", keys=keys)
+        return Upstream(
+            name=name,
+            base_url=f"http://{name}/v1",
+            keys=keys,
+            passthrough=name == "u3" and self.random.random() < 0.5,
+            timeouts=UpstreamTimeouts(first_byte=FIRST_BYTE_TIMEOUT, idle=IDLE_TIMEOUT),
+        )
 
     def _key(self, upstream: str, number: int) -> Key:
+        chance = self.random
         self._generation += 1
-        secret = f"sk-secret-{upstream}-{self._generation}-{self.random.random()}"
-        self.secrets.add(secret)
         return Key(
             id=f"k{number}",
-            secret=Secret(secret),
-            weight=self.random.choice([1.0, 1.0, 3.0]),
-            quota_group=f"g{number // 2}",
-            in_flight=self.random.choice([None, None, 2]),
-            requests_per_minute=self.random.choice([None, None, 30]),
+            secret=Secret(f"{SECRET}{upstream}-{self._generation}-{chance.random()}"),
+            weight=chance.choice([1.0, 1.0, 3.0]),
+            quota_group=f"k{number}" if self._one_account else f"g{number // 2}",
+            in_flight=chance.choice([None, None, None, 2]),
+            requests_per_minute=chance.choice([None, None, None, 30]),
+            tokens_per_minute=chance.choice([None, None, None, 20_000]),
+        )
+
+    def _open_account(self, provider: Provider, key: Key) -> None:
+        name = f"account {int(key.id[1:]) // 2}"
+        provider.account_of[key.id] = name
+        if name in provider.accounts:
+            return
+        chance = self.random
+        provider.accounts[name] = Account(
+            at_once=chance.choice([math.inf, math.inf, 3, 20]),
+            requests=chance.choice([math.inf, math.inf, 20, 200]),
+            tokens=chance.choice([math.inf, math.inf, 20_000]),
+            tells=chance.random() < 0.5,
+            tells_remaining=chance.random() < 0.5,
         )
 
     def _reload(self) -> None:
-        """Keys come, go, and are renewed, while requests run (I18)."""
-        name = self.random.choice(["u1", "u2"])
-        keys = tuple(self._key(name, i) for i in range(self.random.randint(1, 6)))
-        old = {key.id: key for key in self.providers[name].upstream.keys}
-        keys = tuple(old.get(k.id, k) if self.random.random() < 0.5 else k for k in keys)
-        present = {(name, key.id) for key in keys}
-        self.removed |= {(name, key_id) for key_id in old} - present
-        self.removed -= present
-        for key in keys:
-            if key.id not in old or old[key.id].secret != key.secret:
-                self.rejected.pop((name, key.id), None)
-        self.rings[name].replace(keys)
-        renewed = Upstream(name=name, base_url=f"http://{name}/v1", keys=keys)
-        self.providers[name].upstream = renewed
+        """Keys come, go, and are changed in every way, while requests run."""
+        chance = self.random
+        provider = chance.choice(list(self.providers.values()))
+        name = provider.upstream.name
+        old = {key.id: key for key in provider.upstream.keys}
+        keys: list[Key] = []
+        for number in range(chance.randint(0 if chance.random() < 0.1 else 1, 6)):
+            new = self._key(name, number)
+            before = old.get(new.id)
+            match chance.randrange(3):
+                case 0:
+                    pass  # another secret, too
+                case 1:
+                    new = before or new
+                case _ if before is not None:  # only its limits
+                    new = Key(
+                        id=new.id,
+                        secret=before.secret,
+                        weight=new.weight,
+                        quota_group=new.quota_group,
+                        in_flight=new.in_flight,
+                        requests_per_minute=new.requests_per_minute,
+                        tokens_per_minute=new.tokens_per_minute,
+                    )
+            keys.append(new)
+            self._open_account(provider, new)
+        provider.upstream = Upstream(
+            name=name,
+            base_url=provider.upstream.base_url,
+            keys=tuple(keys),
+            passthrough=provider.upstream.passthrough,
+            timeouts=provider.upstream.timeouts,
+        )
+        pool = self.pools[name]
+        pool.ring.replace(keys)
+        self.history.ring.append(Replaced(self.now(), name, tuple(keys)))
+        self.history.reloads += 1
+        pool.look()
 
-    def before(self, sent: Sent, lease: Lease) -> None:
-        """Judges a request at the moment it is sent."""
-        history = self.history
-        if (sent.upstream, sent.key) in self.removed:
-            history.violation("I18", f"{sent.call} uses {sent.key}, which was removed")
+    @contextmanager
+    def _clocks(self) -> Iterator[None]:
+        """Clocks on the wall that jump at every look, forwards and back."""
+        if not self._clock_jumps:
+            yield
+            return
+        wild = random.Random(self.history.seed)
+        real = time.time, time.monotonic
+        time.time = time.monotonic = lambda: wild.uniform(0.0, 4e9)
+        try:
+            yield
+        finally:
+            time.time, time.monotonic = real
 
-    # --- judgement ----------------------------------------------------------------------
+    # --- the end ------------------------------------------------------------------------
 
-    def _at_rest(self, pools: dict[str, Pool]) -> None:
-        for name, pool in pools.items():
+    def _at_rest(self) -> None:
+        rest = self.history.at_rest
+        for name, pool in self.pools.items():
             if pool.ring.in_flight:
-                self.history.violation("I11", f"{name}: {pool.ring.in_flight} leases at rest")
+                rest.append(f"{name}: {pool.ring.in_flight} leases")
             if pool.client.open_answers:
-                self.history.violation("I12", f"{name}: {pool.client.open_answers} answers open")
-            if pool.waiting or pool.bulkhead.in_flight or pool.bulkhead.waiting:
-                self.history.violation("I11", f"{name}: somebody still waits or holds a slot")
-        if self.gateway.in_flight:
-            self.history.violation("I11", f"{self.gateway.in_flight} calls in flight at rest")
+                rest.append(f"{name}: {pool.client.open_answers} answers are open")
+            if pool.waiting or pool.bulkhead.waiting or pool.bulkhead.in_flight:
+                rest.append(f"{name}: somebody waits or has a slot")
+        if self.gateway.in_flight or self.gateway._admission.waiting:
+            rest.append(f"{self.gateway.in_flight} calls are in flight")
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        if left or self.running:
+            rest.append(f"tasks or calls are left: {left} {list(self.running)}")
 
 
-def judge(world: World) -> list[str]:
-    """The invariants, from the history alone. Empty when all hold."""
-    history = world.history
-    first_delta = {e.call: e.first_delta for e in history.ended if e.first_delta is not None}
-    sent_by_call: dict[str, list[Sent]] = defaultdict(list)
-    for sent in history.sent:
-        sent_by_call[sent.call].append(sent)
-        at = first_delta.get(sent.call)
-        if at is not None and sent.at > at:
-            history.violation("I4", f"{sent.call} was sent again after its first delta")
-    if len(history.ended) != world.calls:
-        history.violation("I1", f"{world.calls} calls, {len(history.ended)} ended")
-    for ended in history.ended:
-        if ended.ended > ended.deadline + EPSILON:
-            late = ended.ended - ended.deadline
-            history.violation("I1", f"{ended.call} ended {late:g} s after its deadline")
-        if ended.outcome == OK:
-            if ended.text != ended.whole or not ended.complete:
-                history.violation("I2", f"{ended.call}: OK with {ended.text!r} of {ended.whole!r}")
-        elif ended.text and not (ended.whole or "").startswith(ended.text):
-            history.violation("I3", f"{ended.call}: {ended.text!r} is no prefix")
-    _judge_attempts(world, sent_by_call)
-    _judge_keys(world)
-    return history.broken
+class _Caller:
+    """One caller, with one call or one batch of them."""
 
+    def __init__(self, world: World, number: int, batch: int) -> None:
+        chance = world.random
+        self._world = world
+        now = world.now()
+        # Deadlines from 1 ms to beyond the server's maximum, or none.
+        dice = chance.random()
+        shortest = -3.0 if dice < 0.15 else -0.5
+        wanted = None if dice > 0.6 else 10 ** chance.uniform(shortest, 2.5)
+        self._until = math.inf if wanted is None else now + wanted
+        self._batch = batch
+        method = "item" if batch else chance.choice(["chat", "stream", "stream", "cumulative"])
+        self._records: list[CallRecord] = []
+        self._chats: list[chat_service_pb2.ChatRequest] = []
+        for index in range(batch or 1):
+            model = chance.choice("aabccdde") if chance.random() < 0.98 else NOWHERE
+            record = CallRecord(
+                f"c{number + index}",
+                method,
+                _chain(model),
+                now,
+                min(self._until, now + SERVER_MAXIMUM),
+                wanted is not None and wanted <= SERVER_MAXIMUM,
+            )
+            chat = chat_service_pb2.ChatRequest(
+                model=model,
+                end_user_id=record.name,
+                prompt_cache_key=chance.choice(["", "", "s1", "s2"]),
+            )
+            chat.messages.add(role="user").content = "x" * chance.choice([4, 400])
+            if chance.random() < 0.1:
+                chat.params.max_completion_tokens = chance.choice([100, 5000])
+            self._records.append(record)
+            self._chats.append(chat)
+        # How it reads: seconds that each write takes; or it stops once, or for good.
+        self._pause, self._stops = 0.0, -1
+        if chance.random() < world._slow:
+            self._pause = chance.choice([0.0, 0.1, 1.0])
+            self._stops = chance.choice([-1, -1, 1, 3])
+        for record in self._records:
+            record.slow = self._pause > 0 or self._stops > 0
+        self._stops_for = chance.choice([5.0, 15.0, 1e9])
+        self._vanishes = False  # rather than to cancel: its connection breaks
+        self._gone = asyncio.Event()
+        self._writes = 0
+        self._next = 0  # item of the batch
 
-def _judge_attempts(world: World, sent_by_call: dict[str, list[Sent]]) -> None:
-    """I5: bounded for each call and over all of them."""
-    history, retries = world.history, world.config.retries
-    stale: Counter[str] = Counter()
-    for _, sent, fault in history.faults:
-        if fault.fault is Fault.STALE_CONNECTION:
-            stale[sent.call] += 1
-    extra: list[float] = []
-    begun: list[float] = []
-    for call, requests in sent_by_call.items():
-        by_upstream = Counter(sent.upstream for sent in requests)
-        # A stale connection is tried once more beyond the maximum: nothing had been sent.
-        allowed = retries.max_attempts + min(stale[call], 2)
-        for name, count in by_upstream.items():
-            if count > allowed:
-                history.violation("I5", f"{call}: {count} requests to {name}")
-        seen: set[str] = set()
-        for sent in requests:
-            (extra if sent.upstream in seen else begun).append(sent.at)
-            seen.add(sent.upstream)
-    free = sum(stale.values())
-    windows = (history.ended[-1].ended - 1000.0) / 10.0 + 1  # of 10 seconds, from the first call
-    bound = retries.budget * len(begun) + retries.budget_floor * windows + free
-    if len(extra) > bound:
-        history.violation("I5", f"{len(extra)} retries, {bound:.0f} allowed")
+    def begin(self) -> asyncio.Task[None]:
+        """Calls, and leaves perhaps."""
+        world, chance = self._world, self._world.random
+        task = world._loop.create_task(self._batched() if self._batch else self._single())
+        if chance.random() < world._hurry:
+            if chance.random() < 0.6:
+                place = chance.choice(PLACES)
+                self._vanishes = place == WRITE and chance.random() < 0.3
+                for record in self._records:
+                    world.leavers[record.name] = (place, lambda: self._leave(task))
+            else:
+                after = world.moment(chance.choice([0.01, 1.0, 10.0]))
+                world._loop.call_later(after, self._leave, task)
+        return task
 
+    def _leave(self, task: asyncio.Task[None]) -> None:
+        if task.done():
+            return
+        for record in self._records:
+            if record.name in self._world.running:
+                record.left_at, record.left_in = self._world.now(), record.place
+        if self._vanishes:  # the write fails, and a moment later gRPC cancels
+            self._gone.set()
+            self._world._loop.call_later(0.01, task.cancel)
+        else:
+            task.cancel()
 
-def _judge_keys(world: World) -> None:
-    """I6, I8, I9, I10: who is closed is not used, and only for a reason."""
-    closed: dict[tuple[str, ...], list[tuple[float, float]]] = defaultdict(list)
-    for at, sent, fault in world.history.faults:
-        if fault.fault is Fault.RATE_LIMITED and fault.retry_after is not None:
-            until = at + min(fault.retry_after, COOLDOWN_CAP)
-            closed[(sent.upstream, sent.group, sent.model)].append((at, until))
-    for sent in world.history.sent:
-        for began, until in closed.get((sent.upstream, sent.group, sent.model), ()):
-            if began + EPSILON < sent.at < until - EPSILON:
-                world.history.violation(
-                    "I6", f"{sent.call} at {sent.at:.3f} uses a group that cools until {until:.3f}"
+    # --- one call -----------------------------------------------------------------------
+
+    async def _single(self) -> None:
+        world, record, chat = self._world, self._records[0], self._chats[0]
+        world.begins(record)
+        record.deadline = min(self._until, record.began + SERVER_MAXIMUM)
+        call = Call(chat, record.name, record.began, record.deadline, record.callers_deadline)
+        try:
+            if record.method == "chat":
+                response = await world.gateway.chat(call)
+                record.text = response.choices[0].message.content
+            else:
+                await world.gateway.stream(
+                    call,
+                    self._write,
+                    cumulative=record.method == "cumulative",
+                    max_delay=world.random.choice([0.0, 0.0, 0.05, 1.0]),
                 )
+            record.outcome = OK
+        except GatewayError as error:
+            record.outcome = error.reason_name
+            record.error = f"{error!r} {error}"
+            record.about = error.metadata.get("upstream", "")
+            record.retry_after = error.retry_after
+        except asyncio.CancelledError:
+            record.outcome = CANCELLED
+        except Exception as error:  # a defect of the gateway: the worst outcome of all
+            record.outcome, record.error = DEFECT, f"{type(error).__name__}: {error}"
+        record.usage = call.usage
+        record.ended = world.now()
+        world.ends(record)
+
+    async def _write(self, message: Event) -> None:
+        world, record = self._world, self._records[0]
+        kind = message.WhichOneof("event") or "beat"
+        if kind == "delta":
+            record.text += message.delta.content
+        elif kind == "snapshot":
+            text = message.snapshot.message.content
+            if not text.startswith(record.text):
+                record.kinds += "!"  # it took back what it had said
+            record.text = text
+        if kind in ("delta", "snapshot") and record.first_delta_at is None:
+            record.first_delta_at = world.now()
+        if kind != "beat" and record.kinds[-1:] != kind[0]:
+            record.kinds += kind[0]
+        record.writing = True
+        place = FINISH if kind in ("finish", "trailer") else WRITE
+        pause = self._pause
+        self._writes += 1
+        if self._writes == self._stops:
+            pause = self._stops_for
+        leaves = world.leavers.get(record.name)
+        if leaves is not None and leaves[0] == place:
+            pause = 0.5
+        world.at(record, place)
+        if self._vanishes and place == WRITE and leaves is not None:
+            await self._gone.wait()
+            raise GatewayError(error_reason_pb2.ERROR_REASON_CANCELLED, "the caller is gone")
+        if pause:
+            await asyncio.sleep(pause)
+        record.writing = False
+        record.last_write_at = world.now()
+
+    # --- a batch: stands where interceptors.CallContext stands ------------------------------
+
+    async def _batched(self) -> None:
+        world = self._world
+        request = chat_service_pb2.BatchChatRequest(max_concurrency=world.random.randint(1, 4))
+        for chat in self._chats:
+            request.items.add(chat=chat)
+        refused = ""
+        try:
+            await world.servicer.BatchChat(request, cast(Any, self))
+        except GatewayError as error:
+            refused = error.reason_name
+        except asyncio.CancelledError:
+            pass
+        if refused and not self._next:
+            world.begins(self._records[0])
+            self._next = 1
+        for record in self._records[: self._next]:
+            if not record.outcome:  # nobody heard of it
+                record.outcome = refused or CANCELLED
+            record.ended = min(record.ended, world.now())
+            world.ends(record)
+
+    request_id = ""
+    started = 0.0
+    tenant = Tenant()  # nobody in particular
+
+    def time_remaining(self) -> float | None:
+        """Asked once for each item, when it begins."""
+        world, record = self._world, self._records[self._next]
+        self._next += 1
+        world.begins(record)
+        record.while_draining = False  # its batch began before
+        record.deadline = min(max(self._until, record.began), record.began + SERVER_MAXIMUM)
+        record.callers_deadline = self._until - record.began <= SERVER_MAXIMUM
+        return None if self._until == math.inf else self._until - world.now()
+
+    def account(self, attempts: int, usage: chat_pb2.Usage | None) -> None:
+        """Called when an item has ended."""
+        record = self._world.here()
+        record.usage = usage
+        record.ended = self._world.now()
+        self._world._by_task.pop(asyncio.current_task(), None)
+
+    def pack(self, message: object) -> bytes:
+        """Nothing is sent here."""
+        return b""
+
+    async def write(self, answer: chat_service_pb2.BatchChatResponse) -> None:
+        """One item's answer."""
+        record = self._records[answer.index]
+        if answer.HasField("response"):
+            record.outcome = OK
+            record.text = answer.response.choices[0].message.content
+        else:
+            whole = str(answer.error)
+            info = error_details_pb2.ErrorInfo()
+            for detail in answer.error.details:
+                if detail.Unpack(info):
+                    record.outcome, record.about = info.reason, info.metadata.get("upstream", "")
+            # Protobuf writes maps in an order of its own, another in each process.
+            facts = f"{answer.error.message} {sorted(info.metadata.items())}"
+            record.error = whole if SECRET in whole else facts
+        if record.outcome == "INTERNAL":
+            record.outcome = DEFECT
+        if self._pause:
+            await asyncio.sleep(self._pause)
+
+
+def _chain(model: str) -> tuple[str, ...]:
+    """The models that a call for this one may be answered by, in order."""
+    for name, _, fallbacks in MODELS:
+        if name == model:
+            return (model, *fallbacks)
+    return (model,)
+
+
+# --- the gateway's own parts, watched ---------------------------------------------------
+
+
+class _Observer:
+    """No event may show a key."""
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+
+    def attempt(self, event: AttemptEvent) -> None:
+        if SECRET in event.upstream_code or SECRET in event.key_id:
+            self._history.seen.append(f"I16: a key shows in {event}")
+
+    def call(self, event: CallEvent) -> None:
+        raise AssertionError("calls are told by the interceptors, which are not here")
+
+
+class _Slots(Admission):
+    """Tells where a call waits, and whom it refuses."""
+
+    def __init__(self, world: World, place: str, slots: int, queue: int) -> None:
+        super().__init__(slots, queue, world.now)
+        self._world = world
+        self._place = place
+
+    @asynccontextmanager
+    async def slot(self, deadline: float) -> AsyncIterator[None]:
+        call = self._world.here()
+        if self.in_flight >= self.slots or self.waiting:
+            self._world.at(call, self._place)
+        inside = False
+        try:
+            async with super().slot(deadline):
+                inside = True
+                if self._place == QUEUE:
+                    call.slot_at = min(call.slot_at, self._world.now())
+                yield
+        except FullError:
+            call.full += not inside
+            raise
+
+
+class _Pool(Pool):
+    """Tells which call waits for a key, and which has none."""
+
+    world: World
+
+    async def lease(
+        self, model: str, deadline: float, *, sticky: str = "", tokens: int = 0
+    ) -> Lease | Unavailable:
+        call = self.world.here()
+        call.place = WAITING
+        if call.name in self.world.leavers and not cast(_Ring, self.ring).is_open(model):
+            self.world.at(call, WAITING)
+        found = await super().lease(model, deadline, sticky=sticky, tokens=tokens)
+        if isinstance(found, Unavailable):
+            call.refusals.append((self.world.now(), self.upstream.name))
+        return found
+
+
+class _Ring(KeyRing):
+    """Tells every decision and what it changed."""
+
+    def __init__(self, upstream: Upstream, world: World) -> None:
+        super().__init__(upstream, random=world.random.random)
+        self._world = world
+        self._name = upstream.name
+        self._tell = world.history.ring.append
+
+    def is_open(self, model: str) -> bool:
+        """Whether a key can be had at once: who wants to leave while waiting must wait first."""
+        now = self._world.now()
+        return any(self._closed(state, model, now, 0) is None for state in self._keys)
+
+    def lease(
+        self, model: str, now: float, *, sticky: str = "", tokens: int = 0
+    ) -> Lease | Unavailable:
+        found = super().lease(model, now, sticky=sticky, tokens=tokens)
+        if isinstance(found, Lease):
+            self._tell(Leased(now, self._name, found, bool(sticky)))
+        elif found.fault is not None:
+            self._tell(Denied(now, self._name, model, found))
+        return found
+
+    def succeed(self, lease: Lease) -> None:
+        before = self._untils()
+        super().succeed(lease)
+        self._tell(Succeeded(self._world.now(), self._name, lease, self._changes(before)))
+
+    def remaining(self, lease: Lease, requests: int, now: float) -> None:
+        before = self._untils()
+        super().remaining(lease, requests, now)
+        self._tell(Told(now, self._name, lease, self._changes(before)))
+
+    def fail(self, lease: Lease, fault: UpstreamFault, now: float) -> None:
+        before = self._untils()
+        super().fail(lease, fault, now)
+        self._tell(Failed(now, self._name, lease, fault, self._changes(before)))
+        call = self._world.here()
+        call.requests[-1].retries_left = self._world.gateway._budget.balance
+
+    def release(self, lease: Lease) -> None:
+        if lease.live:
+            self._tell(Released(self._world.now(), self._name, lease))
+        super().release(lease)
+
+    def _untils(self) -> dict[Any, float]:
+        return {scope: block.until for scope, block in self._blocks.items() if block.until}
+
+    def _changes(self, before: dict[Any, float]) -> Changes:
+        after = self._untils()
+        if after == before:
+            return []
+        return [
+            (scope, before.get(scope, 0.0), after.get(scope, 0.0))
+            for scope in {**before, **after}
+            if before.get(scope, 0.0) != after.get(scope, 0.0)
+        ]

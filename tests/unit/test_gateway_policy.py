@@ -461,6 +461,67 @@ def test_going_back_to_a_model_does_not_give_it_more_attempts() -> None:
     run(main())
 
 
+def test_after_a_wait_in_vain_the_caller_still_hears_of_the_model_it_asked_for() -> None:
+    async def main() -> None:
+        a, b = [limited(50.0)] * 2, [*[limited(5.0)] * 2, [Fault.KEY_REJECTED]]
+        of = world(a=a, b=b)
+        start = now()
+        error = await failure(of.chat(seconds=30.0))
+        assert of.asked == ["a", "a", "b", "b", "b", "b"]
+        assert (error.reason_name, error.metadata["upstream"]) == ("RATE_LIMITED", "a")
+        assert error.retry_after == start + 50.0 - now() == 45.0
+        of.at_rest()
+
+    run(main())
+
+
+def test_after_a_wait_in_vain_the_next_model_that_cools_is_waited_for() -> None:
+    async def main() -> None:
+        a = [*[limited(20.0)] * 2, ["hello"]]
+        b = [*[limited(5.0)] * 2, [Fault.KEY_REJECTED]]
+        of = world(a=a, b=b)
+        start = now()
+        assert (await of.chat(seconds=30.0)).header.upstream == "a"
+        assert now() == start + 20.0
+        of.at_rest()
+
+    run(main())
+
+
+def test_going_back_to_a_model_is_a_retry_that_the_budget_must_grant() -> None:
+    async def main() -> None:
+        full = limited(1.0, Fault.OVERLOADED)
+        for budget, asked in ((0, ["a", "b"]), (1, ["a", "b", "a"])):
+            of = world(
+                retries=Retries(budget=0.0, budget_floor=budget),
+                a=[full, ["hello"]],
+                b=[limited(9.0, Fault.OVERLOADED)],
+            )
+            with contextlib.suppress(GatewayError):
+                await of.chat()
+            assert of.asked == asked
+            of.at_rest()
+
+    run(main())
+
+
+def test_a_call_counts_once_for_the_budget_however_many_models_it_asks() -> None:
+    async def main() -> None:
+        quarter = Retries(budget=0.25, budget_floor=0)
+        of = world(retries=quarter, a=[[Fault.KEY_REJECTED]], b=[["hello"]], c=[["hello"]])
+        for pool in of.pools.values():
+            pool.ring.replace(())
+        for _ in range(3):  # nobody can be asked: three calls, whatever they fall over to
+            await failure(of.chat())
+        of.pools["c"].ring.replace(of.providers["c"].upstream.keys)
+        of.providers["c"]._scripts = [[Fault.SERVER_ERROR]]
+        await failure(of.chat())
+        assert of.asked == ["c", "c"]  # the fourth of them has earned one retry
+        of.at_rest()
+
+    run(main())
+
+
 def test_a_full_bulkhead_leads_to_the_next_model() -> None:
     async def main() -> None:
         small = {"a": {"in_flight": 1}}

@@ -1065,6 +1065,20 @@ def test_white_space_that_keeps_a_connection_alive_is_skipped() -> None:
     assert whole(answer({"content": "a"}), b" \n" * 2893).choices[0].message.content == "a"
 
 
+def test_a_choice_that_never_began_has_not_ended() -> None:
+    """Two were asked for and one came: complete only if the provider says that nothing follows."""
+    (event,) = sse.Decoder(NO_LIMIT).feed(chunk(choice({"content": "hi"}, "stop")))
+    (done,) = sse.Decoder(NO_LIMIT).feed(b"data: [DONE]\n\n")
+    cut, whole = OpenAIStream(2), OpenAIStream(2)
+    cut.feed(event)
+    with pytest.raises(UpstreamFault) as caught:
+        cut.finish(None)
+    assert caught.value.fault is Fault.TRUNCATED
+    whole.feed(event)
+    whole.feed(done)
+    assert [e.WhichOneof("event") for e in whole.finish(None)] == ["finish", "trailer"]
+
+
 def test_choices_keep_the_index_they_have() -> None:
     made = answer({"content": "a"})
     made["choices"] = [{"index": 1, "message": {"content": "b"}}, {"message": {"content": "c"}}]

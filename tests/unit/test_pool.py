@@ -301,6 +301,61 @@ def test_a_key_that_cools_is_waited_for_though_another_is_retired_for_less_long(
     run(main())
 
 
+def test_who_waits_for_a_busy_key_has_another_as_soon_as_that_is_asked_again() -> None:
+    """Found by a simulated world: the breaker's time was over, and nobody looked."""
+
+    async def main() -> None:
+        pool, _ = pool_of(key("a", in_flight=1), key("b", "t"))
+        fail(pool, await taken(pool, "other"), Fault.RATE_LIMITED, 0.0)
+        held = await taken(pool)
+        if held.key.id != "a":
+            other, held = held, await taken(pool)
+            pool.release(other)
+        assert held.key.id == "a"
+        fail(pool, await taken(pool), Fault.QUOTA_EXHAUSTED)  # b is asked again after 300 s
+        start = now()
+        (waiter,) = await begun(taken(pool))  # for `a`, which is only busy
+        await asyncio.sleep(301.0)
+        assert waiter.done()
+        found = await waiter
+        assert (found.key.id, found.started) == ("b", start + 300.0)
+        pool.release(found)
+        pool.release(held)
+
+    run(main())
+
+
+def test_who_waits_for_a_key_that_cools_has_another_as_soon_as_that_is_asked_again() -> None:
+    async def main() -> None:
+        pool, _ = pool_of(key("a"), key("b", "t"))
+        fail(pool, await taken(pool), Fault.QUOTA_EXHAUSTED)  # asked again after 300 s
+        fail(pool, await taken(pool), Fault.RATE_LIMITED, 400.0)
+        start = now()
+        assert await use(pool) == start + 300.0
+
+    run(main())
+
+
+def test_nobody_waits_for_a_probe_where_the_upstream_is_closed_anyway() -> None:
+    """Found by a simulated world: the breaker tells at once, also those whose key is busy."""
+
+    async def main() -> None:
+        pool, _ = pool_of(key("a"))
+        fail(pool, await taken(pool), Fault.RATE_LIMITED, 1.0)
+        await asyncio.sleep(2.0)
+        elsewhere = [await taken(pool, "other") for _ in range(10)]
+        probe = await taken(pool)
+        (waiter,) = await begun(pool.lease("m", math.inf))
+        for lease in elsewhere:
+            fail(pool, lease, Fault.SERVER_ERROR)
+        await asyncio.sleep(0)
+        assert waiter.done()
+        assert await waiter == Unavailable(now() + 1.0, Fault.SERVER_ERROR)
+        pool.release(probe)
+
+    run(main())
+
+
 # --- no herd ----------------------------------------------------------------------------
 
 

@@ -1,0 +1,514 @@
+"""Deliberate breakages of the source, one a row, and the tests of which one at least must turn red.
+
+A row says what its code promises (`keeps`), where it stands (`old`, which occurs in exactly one
+place of the service), how it is broken (`new`), and which tests to run. run.py does the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+POLICY = "tests/unit/test_gateway_policy.py"
+RING = "tests/unit/test_keyring.py"
+LIMITS = "tests/unit/test_keyring_limits.py"
+MACHINE = "tests/unit/test_keyring_machine.py"
+POOL = "tests/unit/test_pool.py"
+ADMISSION = "tests/unit/test_admission.py"
+RETRY = "tests/unit/test_retry.py"
+RELAY = "tests/unit/test_relay.py"
+DECODE = "tests/unit/test_openai_decode.py"
+CLASSIFY = "tests/unit/test_classify.py"
+CONCURRENCY = "tests/unit/test_concurrency.py"
+TELEMETRY = "tests/unit/test_telemetry.py"
+SECRETS = "tests/service/test_secrets.py"
+CANCEL = "tests/service/test_cancel.py"
+DEADLINE = "tests/service/test_deadline.py"
+BAD = "tests/service/test_bad_upstream.py"
+# A few small worlds: what the simulation finds in them is found in no time.
+WORLDS = "tests/simulation/test_simulation.py::test_no_invariant_is_broken_in_a_small_world"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One breakage."""
+
+    keeps: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    quick: bool = False  # run by every `make test`, not by `make mutants` alone
+
+
+MUTANTS = (
+    # --- the commit rule ---
+    Mutant(
+        "nothing is retried after the first delta",
+        "                if attempt.committed:\n                    raise self._interrupted",
+        "                if False:\n                    raise self._interrupted",
+        (POLICY,),
+        quick=True,
+    ),
+    Mutant(
+        "nothing is retried after the first delta (simulated)",
+        "                if attempt.committed:\n                    raise self._interrupted",
+        "                if False:\n                    raise self._interrupted",
+        (WORLDS,),
+    ),
+    Mutant(
+        "a call counts as committed while its first write is under way",
+        "        self.committed = True\n        self._writable = False",
+        "        self._writable = False",
+        (RELAY,),
+    ),
+    Mutant(
+        "a header alone commits nothing",
+        "        if self.first_delta_at is None:\n            return\n        if self._max_delay",
+        "        if self._max_delay",
+        (RELAY,),
+    ),
+    Mutant(
+        "no other model is asked after the first delta",
+        "passing = _FALL_OVER | _UNSUITED if errors else _FALL_OVER\n"
+        "                if error.reason not in passing or (outbox is not None and outbox."
+        "committed)",
+        "passing = _FALL_OVER | {error_reason_pb2.ERROR_REASON_UPSTREAM_STREAM_INTERRUPTED}\n"
+        "                if error.reason not in passing",
+        (POLICY,),
+    ),
+    # --- the lease ---
+    Mutant(
+        "every lease is given back",
+        "                    pool.release(lease)",
+        "                    pass",
+        (POLICY,),
+        quick=True,
+    ),
+    Mutant(
+        "a key that comes at the moment its waiter leaves goes on",
+        "                self.release(found)  # it came at the same moment",
+        "                pass",
+        (POOL,),
+    ),
+    Mutant(
+        "a lease that ends is looked at by those who wait",
+        "        self.ring.release(lease)\n        self.look()",
+        "        self.ring.release(lease)",
+        (POOL,),
+    ),
+    Mutant(
+        "those who wait are looked at when a key opens with time",
+        "self._alarm = asyncio.get_running_loop().call_later(delay, self.look)",
+        "pass",
+        (POOL,),
+    ),
+    Mutant(
+        "those who wait have any key that opens",
+        "    return Unavailable(soonest.until, soonest.fault, look_at)",
+        "    return Unavailable(soonest.until, soonest.fault, soonest.until)",
+        (POOL, MACHINE),
+    ),
+    Mutant(
+        "a lease is released once, however often it is",
+        "        if not lease.live:\n            return\n",
+        "",
+        (RING, MACHINE),
+    ),
+    # --- cooling, retiring, probing ---
+    Mutant(
+        "a key that cools is not used",
+        "            if block.until > at:\n                at, fault = block.until, block.fault\n",
+        "",
+        (RING,),
+        quick=True,
+    ),
+    Mutant(
+        "a key that cools is not used (simulated)",
+        "            if block.until > at:\n                at, fault = block.until, block.fault\n",
+        "",
+        (WORLDS,),
+    ),
+    Mutant(
+        "one probe at a time",
+        "            busy = busy or (0 < block.until <= now and block.probe is not None)\n",
+        "",
+        (RING, MACHINE),
+    ),
+    Mutant(
+        "one probe at a time (simulated)",
+        "            busy = busy or (0 < block.until <= now and block.probe is not None)\n",
+        "",
+        (WORLDS,),
+    ),
+    Mutant(
+        "a probe that fails leaves the scope to the next one",
+        "            if block.probe is lease:\n                block.probe = None",
+        "            pass",
+        (RING, MACHINE),
+    ),
+    Mutant(
+        "only an answer to its own probe opens a scope",
+        "            if block.until == until:\n                block.until, block.strikes",
+        "            if True:\n                block.until, block.strikes",
+        (RING, MACHINE),
+    ),
+    Mutant(
+        "a late answer never shortens what was asked for",
+        "        if until > block.until:\n            block.until, block.fault",
+        "        if True:\n            block.until, block.fault",
+        (RING, MACHINE),
+    ),
+    Mutant(
+        "no key stays away longer than the cap",
+        "            delay = _stated(fault, COOLDOWN_CAP)",
+        "            delay = fault.retry_after",
+        (RING, MACHINE),
+    ),
+    Mutant(
+        "a delay is never shorter than what was asked for",
+        "now + delay * (1 + JITTER * self._random())",
+        "now + delay * (1 - JITTER * self._random())",
+        (RING, WORLDS),
+    ),
+    Mutant(
+        "a caller's mistake changes no key",
+        "    Fault.REFUSED: Verdict(\n        KeyAction.KEEP",
+        "    Fault.REFUSED: Verdict(\n        KeyAction.COOL_GROUP",
+        (RING, WORLDS),
+    ),
+    Mutant(
+        "a rate limit belongs to the model it was met for",
+        '            block = self._block(("group", key.quota_group, model))',
+        '            block = self._block(("group", key.quota_group))',
+        (RING, MACHINE),
+    ),
+    Mutant(
+        "a dead account takes all of its keys",
+        "        return [key for key in self.keys if key.quota_group == lease.key.quota_group]",
+        "        return [lease.key]",
+        (RING, MACHINE),
+    ),
+    Mutant(
+        "the breaker opens after ten failures in a row",
+        "        elif fault.fault in _BREAKER_FAULTS:",
+        "        elif False:",
+        (LIMITS, MACHINE),
+    ),
+    Mutant(
+        "requests under way together are one strike",
+        "        if self.until <= now:\n            self.strikes += 1",
+        "        self.strikes += 1",
+        (RING, MACHINE),
+    ),
+    Mutant(
+        "a removed key is leased no more",
+        "        self.counts_tokens = any(",
+        "        self._keys += before.values()\n        self.counts_tokens = any(",
+        (LIMITS, MACHINE),
+    ),
+    Mutant(
+        "a renewed secret has a clean record",
+        '            ("key", key.id, key.secret),\n            ("key", key.id, key.secret, model),',
+        '            ("key", key.id),\n            ("key", key.id, model),',
+        (LIMITS, MACHINE),
+    ),
+    # --- which key ---
+    Mutant(
+        "the least busy key serves",
+        "rank = (state.in_flight / state.key.weight, max(state.served, self._virtual_time))",
+        "rank = (0.0, max(state.served, self._virtual_time))",
+        (RING, MACHINE),
+    ),
+    Mutant(
+        "equal keys take turns",
+        "        state.served = start + 1 / key.weight",
+        "        state.served = start",
+        (RING, MACHINE),
+    ),
+    Mutant(
+        "a prompt stays with its key",
+        "            if sticky:\n                rank",
+        "            if False:\n                rank",
+        (LIMITS, MACHINE),
+    ),
+    Mutant(
+        "requests per minute",
+        "            state.requests.spend(now, 1)",
+        "            pass",
+        (LIMITS, MACHINE),
+    ),
+    Mutant(
+        "a minute has sixty seconds",
+        "MINUTE = 60.0",
+        "MINUTE = 59.0",
+        (LIMITS, MACHINE),
+    ),
+    Mutant(
+        "tokens per minute are corrected by what was used",
+        "            self._total += cost - spent.units\n",
+        "",
+        (LIMITS, MACHINE),
+    ),
+    Mutant(
+        "requests of a key at once",
+        "        return Unavailable(math.inf, None) if state.in_flight >= limit else None",
+        "        return None",
+        (LIMITS, MACHINE),
+    ),
+    Mutant(
+        "a 429 lowers how many requests run at once",
+        "        self._lower(borne, max(FLOOR, borne * DECREASE), now)",
+        "        pass",
+        (CONCURRENCY,),
+    ),
+    Mutant(
+        "few requests left lower how many run at once",
+        "            ring.remaining(attempt.lease, attempt.progress.remaining_requests, "
+        "self._now())",
+        "            pass",
+        (POLICY,),
+    ),
+    # --- the deadline ---
+    Mutant(
+        "a call ends at its deadline, whatever it does",
+        "        timer = asyncio.timeout(seconds)\n        try:\n            async with timer:\n"
+        "                yield",
+        "        timer = asyncio.timeout(None)\n        try:\n            async with timer:\n"
+        "                yield",
+        (POLICY,),
+        quick=True,
+    ),
+    Mutant(
+        "a call ends at its deadline, whatever it does (simulated)",
+        "        timer = asyncio.timeout(seconds)\n        try:\n            async with timer:\n"
+        "                yield",
+        "        timer = asyncio.timeout(None)\n        try:\n            async with timer:\n"
+        "                yield",
+        (WORLDS,),
+    ),
+    Mutant(
+        "no sleep ends after the deadline: that is told at once",
+        "        if self._now() + delay >= call.deadline or asked_to_wait:",
+        "        if asked_to_wait:",
+        (POLICY, WORLDS, "tests/service/test_policy.py"),
+    ),
+    Mutant(
+        "nobody waits for a key that comes too late",
+        "(self.fault in _PASSING and self.until < deadline)",
+        "(self.fault in _PASSING)",
+        (POOL,),
+    ),
+    Mutant(
+        "the last words of a call do not hold it",
+        "async with asyncio.timeout(max(_LAST_WORDS, call.deadline - self._now())):",
+        "async with asyncio.timeout(None):",
+        (POLICY,),
+    ),
+    Mutant(
+        "a caller that does not read is given up",
+        "timer = asyncio.timeout(None if self._write_timeout == math.inf else self._write_timeout)",
+        "timer = asyncio.timeout(None)",
+        (RELAY,),
+    ),
+    # --- retries ---
+    Mutant(
+        "retries come from the budget",
+        "        if not self._budget.withdraw():\n            raise give_up\n",
+        "",
+        (WORLDS, "tests/service/test_policy.py"),
+    ),
+    Mutant(
+        "an empty budget gives nothing",
+        "        if self.balance < 1:\n            return False\n",
+        "",
+        (RETRY,),
+        quick=True,
+    ),
+    Mutant(
+        "unused retries pile up to a bound",
+        "self._earned = min(self._CAP * self._ratio, self._earned + self._ratio)",
+        "self._earned = self._earned + self._ratio",
+        (RETRY,),
+    ),
+    Mutant(
+        "going back to a model is a retry",
+        "            if plan.unpaid and not self._budget.withdraw():\n                continue\n",
+        "",
+        (POLICY,),
+    ),
+    Mutant(
+        "a call counts once for the budget",
+        "            call.counted = True\n",
+        "",
+        (POLICY,),
+    ),
+    Mutant(
+        "attempts have a maximum",
+        ">= self._config.retries.max_attempts:",
+        "> self._config.retries.max_attempts:",
+        (POLICY, WORLDS),
+    ),
+    Mutant(
+        "some faults are tried once more, and only once",
+        "        if action is RequestAction.ONCE_MORE and seen[fault.fault] > 1:\n"
+        "            raise give_up\n",
+        "",
+        (WORLDS, "tests/service/test_error_table.py"),
+    ),
+    Mutant(
+        "x-should-retry: false is obeyed",
+        "        if fault.should_retry is False:\n            raise give_up\n",
+        "",
+        ("tests/service/test_policy.py", "tests/service/test_error_table.py"),
+    ),
+    Mutant(
+        "backoff has full jitter",
+        "        return ceiling * self.random()",
+        "        return ceiling",
+        (RETRY,),
+    ),
+    Mutant(
+        "retry-after-ms is in milliseconds",
+        "        return ms / 1000",
+        "        return ms",
+        (CLASSIFY,),
+    ),
+    Mutant(
+        "retry-after may be a date",
+        "            return date - now()",
+        "            return date",
+        (CLASSIFY,),
+    ),
+    # --- slots ---
+    Mutant(
+        "a slot comes back",
+        "            self._leave()\n\n    async def _enter",
+        "            pass\n\n    async def _enter",
+        (ADMISSION,),
+    ),
+    Mutant(
+        "a slot that comes at the moment its waiter leaves goes on",
+        "                self._leave()  # the slot came at the same moment: hand it on",
+        "                pass",
+        (ADMISSION,),
+    ),
+    Mutant(
+        "a full queue refuses at once",
+        "len(self._waiting) >= self._queue or self._now()",
+        "self._now()",
+        (ADMISSION,),
+    ),
+    Mutant(
+        "a slow upstream does not take every slot",
+        "                plan.pool.bulkhead.slot(call.deadline),\n",
+        "",
+        (POLICY,),
+    ),
+    Mutant(
+        "a drain refuses what is new",
+        "        if not call.accepted:\n            self.refuse_if_draining()\n",
+        "",
+        (WORLDS,),
+    ),
+    Mutant(
+        "a drain refuses nothing that was accepted before",
+        "        if not call.accepted:\n            self.refuse_if_draining()\n",
+        "        self.refuse_if_draining()\n",
+        ("tests/service/test_batch_chat.py", "tests/service/test_process.py", WORLDS),
+    ),
+    # --- fallbacks ---
+    Mutant(
+        "the error is about the model asked for",
+        "                if index == 0:\n                    errors[0], told_at",
+        "                if True:\n                    errors[0], told_at",
+        (POLICY,),
+    ),
+    Mutant(
+        "nobody waits while there is another model to ask",
+        "                plan.patient = not names",
+        "                plan.patient = True",
+        (POLICY,),
+    ),
+    # --- the truth at the end of a stream ---
+    Mutant(
+        "OK needs proof of completion",
+        "        if not ended and not self.done:",
+        "        if False:",
+        (DECODE,),
+        quick=True,
+    ),
+    Mutant(
+        "every choice must end",
+        "        ended = ended and len(self._choices) >= self._asked\n",
+        "",
+        (DECODE,),
+    ),
+    Mutant(
+        "the last usage counts",
+        "        if (usage := _usage(chunk)) is not None:\n            self.usage = usage",
+        "        if (usage := _usage(chunk)) is not None and self.usage is None:\n"
+        "            self.usage = usage",
+        (DECODE,),
+    ),
+    Mutant(
+        "an estimate says so",
+        "        estimated=True,",
+        "        estimated=False,",
+        (POLICY,),
+    ),
+    Mutant(
+        "comments are no progress",
+        "            if any(event.data.strip() for event in events):",
+        "            if chunk:",
+        (DEADLINE, BAD),
+    ),
+    Mutant(
+        "the header of a failed attempt is not delivered",
+        "            self._pending = [event]  # any other",
+        "            self._pending.append(event)  # any other",
+        (RELAY,),
+    ),
+    Mutant(
+        "a cancel closes the provider's connection",
+        "                response.close()\n                self.open_answers",
+        "                self.open_answers",
+        (CANCEL,),
+    ),
+    Mutant(
+        "no redirect is followed: it would carry prompt and key elsewhere",
+        "allow_redirects=False",
+        "allow_redirects=True",
+        (BAD,),
+    ),
+    # --- secrets ---
+    Mutant(
+        "what a provider quotes is scrubbed for the caller",
+        "                fault.message = scrub(fault.message)\n",
+        "",
+        (POLICY,),
+        quick=True,
+    ),
+    Mutant(
+        "what a provider quotes is scrubbed for the caller (simulated)",
+        "                fault.message = scrub(fault.message)\n",
+        "",
+        (WORLDS,),
+    ),
+    Mutant(
+        "the scrubber finds keys as JSON quotes them",
+        '            text = text.replace(form, "***")',
+        "            pass",
+        (TELEMETRY, "tests/unit/test_errors.py", SECRETS),
+    ),
+    Mutant(
+        "the log is scrubbed",
+        "value if isinstance(value, int | float) else self._scrub(str(value))",
+        "value if isinstance(value, int | float) else str(value)",
+        (TELEMETRY, SECRETS),
+    ),
+    Mutant(
+        "a secret does not show itself",
+        '        return "Secret(***)"',
+        "        return repr(self.__value)",
+        (RING, "tests/unit/test_config.py", SECRETS),
+    ),
+)
