@@ -47,7 +47,14 @@ _SWEEP_FROM = 1024  # blocks and groups; below that many, nothing is forgotten
 _MOST_MODELS = 1024  # that a key is remembered to serve: callers may choose the names
 _COST_SHARE = 0.1  # of the newest request in what one of its group costs
 _PASSING = frozenset({Fault.RATE_LIMITED, Fault.DAILY_QUOTA, Fault.OVERLOADED})
-_RETIRING = frozenset({KeyAction.RETIRE_KEY, KeyAction.RETIRE_GROUP, KeyAction.RETIRE_FOR_MODEL})
+_RETIRING = frozenset(
+    {
+        KeyAction.RETIRE_KEY,
+        KeyAction.RETIRE_GROUP,
+        KeyAction.RETIRE_FOR_MODEL,
+        KeyAction.NOTE_MODEL,
+    }
+)
 _BREAKER_FAULTS = frozenset({Fault.SERVER_ERROR, Fault.UNREACHABLE, Fault.TIMEOUT})
 
 

@@ -58,13 +58,15 @@ WHAT_IT_SHOWS: dict[Fault, tuple[State, Scope, State, str | None]] = {
     Fault.ACCOUNT_DEAD: (State.RETIRED, Scope.KEY, State.RETIRED, None),
     Fault.ACCESS_DENIED: (State.PARTLY, Scope.KEY_MODEL, State.RETIRED, "m"),
     Fault.RATE_LIMITED: (State.PARTLY, Scope.GROUP_MODEL, State.COOLING, "m"),
+    Fault.DAILY_QUOTA: (State.PARTLY, Scope.GROUP_MODEL, State.COOLING, "m"),
     Fault.QUOTA_EXHAUSTED: (State.RETIRED, Scope.GROUP, State.RETIRED, None),
     Fault.OVERLOADED: (State.PARTLY, Scope.UPSTREAM_MODEL, State.COOLING, "m"),
 }
 
 
 def test_every_fault_that_closes_something_is_in_the_table() -> None:
-    closing = {fault for fault in Fault if VERDICTS[fault].key is not KeyAction.KEEP}
+    open_still = {KeyAction.KEEP, KeyAction.NOTE_MODEL}  # the latter has a case of its own
+    closing = {fault for fault in Fault if VERDICTS[fault].key not in open_still}
     assert set(WHAT_IT_SHOWS) == closing
 
 
@@ -80,6 +82,17 @@ def test_what_a_fault_closes_is_shown(fault: Fault) -> None:
         (scope, closed, fault, model)
     ]
     assert shown[0].until > 100.0
+
+
+def test_a_key_that_lacks_a_model_which_another_serves_is_shown() -> None:
+    of = ring(KEYS[0], KEYS[2])
+    serving = take(of)
+    lacking = take(of)
+    of.succeed(serving)
+    of.fail(lacking, UpstreamFault(Fault.MODEL_NOT_FOUND), 0.0)
+    (closure,) = view(of, lacking.key.id).closures
+    assert (closure.scope, closure.state, closure.model) == (Scope.KEY_MODEL, State.RETIRED, "m")
+    assert view(of, serving.key.id).state is State.READY
 
 
 def test_a_key_of_the_same_group_shows_what_closes_the_group() -> None:

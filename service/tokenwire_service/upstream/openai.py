@@ -134,11 +134,13 @@ class OpenAI(Dialect):
 def _values(params: chat_pb2.GenerationParams, limit: int) -> dict[str, Any]:
     """What the parameters say, by their proto names, in the order of NAMES."""
     said = {descriptor.name for descriptor, _ in params.ListFields()}
+    if limit:  # the model's cap is sent though nobody asked
+        said.add("max_completion_tokens")
     values: dict[str, Any] = {}
     for name in NAMES:
         if name in said:
             values[name] = getattr(params, name)
-    if "max_completion_tokens" in values:
+    if limit:
         values["max_completion_tokens"] = limit
     if "stop" in values:
         values["stop"] = list(params.stop)
