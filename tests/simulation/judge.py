@@ -509,7 +509,7 @@ def i9_an_answer_closes_nothing(book: Book, event: Succeeded) -> Iterator[str]:
     opened = {
         scope
         for scope, until in book.probing.get(event.lease, ())
-        if book.scopes[scope].until == until
+        if scope in book.scopes and book.scopes[scope].until == until  # else it was renewed
     }
     for scope, before, after in event.changes:
         if after > before:
