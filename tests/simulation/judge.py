@@ -163,8 +163,8 @@ def i1_one_status_in_time(history: History, call: CallRecord) -> Iterator[str]:
     until = after_stalls(history, call.deadline)
     if call.first_delta_at is not None:
         # What is held, and the last snapshots, may still be written for a second.
-        still = call.deadline + LAST_WORDS if call.writing else call.last_write_at
-        until = max(until, after_stalls(history, min(still, call.deadline + LAST_WORDS)))
+        latest = after_stalls(history, until + LAST_WORDS)
+        until = latest if call.writing else max(until, min(call.last_write_at, latest))
     if call.ended > until + EPSILON:
         yield f"I1: {call.name} ended {call.ended - call.deadline:g} s after its deadline"
 
@@ -509,7 +509,7 @@ def i9_an_answer_closes_nothing(book: Book, event: Succeeded) -> Iterator[str]:
     opened = {
         scope
         for scope, until in book.probing.get(event.lease, ())
-        if book.scopes[scope].until == until
+        if scope in book.scopes and book.scopes[scope].until == until  # else it was renewed
     }
     for scope, before, after in event.changes:
         if after > before:

@@ -25,6 +25,20 @@ class StuckError(RuntimeError):
     """Nothing is ready and nothing is scheduled, or time does not move."""
 
 
+class _Task(asyncio.Task[Any]):
+    """A task that hashes by its number. asyncio keeps tasks in sets, and cancels those of a group
+    in the set's order: by address, no seed would run the same twice."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._number = next(self._numbers)
+        super().__init__(*args, **kwargs)
+
+    def __hash__(self) -> int:
+        return self._number
+
+
 class VirtualLoop(asyncio.BaseEventLoop):
     """The loop: no selector, for there is nothing to wait for. It replaces what BaseEventLoop
     leaves to others, and for speed its own turn, with timers at the same time in the order in
@@ -37,6 +51,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._rounds_at_now = 0
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._order = itertools.count()
+        _Task._numbers = itertools.count()
+        self.set_task_factory(lambda loop, coro, **given: _Task(coro, loop=loop, **given))
 
     def time(self) -> float:
         """Seconds."""
