@@ -10,7 +10,7 @@ import pytest
 from harness import Received, Start, failing, receive, request, stream_request, upstream
 from tokenwire.v1 import chat_pb2, chat_service_pb2, error_reason_pb2
 from tokenwire_service.config import Retries, Upstream
-from tokenwire_service.relay import append
+from tokenwire_service.folding import Growing
 
 HAIKU = "An old silent pond / a frog jumps into the pond / splash! Silence again."
 QUICK = Retries(max_attempts=3, backoff=0.001, backoff_cap=0.001, budget_floor=1000)
@@ -184,9 +184,10 @@ async def test_thoughts_go_back_signed(start: Start, aimock: str, way: str) -> N
         message = (await gateway.chat.Chat(chat)).choices[0].message
     else:
         received = await receive(gateway.chat.StreamChat(stream_request(chat)))
-        message = chat_pb2.ChatMessage(role="assistant")
+        growing = Growing()
         for delta in received.deltas:
-            append(message, delta)
+            growing.add(delta)
+        message = growing.message()
     assert message.reasoning == "The moon matters."
     chat.messages.append(message)
     chat.messages.add(role="tool", tool_call_id=message.tool_calls[0].id, content="high")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tokenwire.v1 import chat_pb2, chat_service_pb2
 from tokenwire_service.errors import Fault, UpstreamFault
-from tokenwire_service.relay import append
+from tokenwire_service.folding import Growing
 from tokenwire_service.upstream import anthropic_answers, gemini_answers, sse
 from tokenwire_service.upstream.anthropic import Anthropic
 from tokenwire_service.upstream.dashscope import DashScope
@@ -66,13 +66,11 @@ def told(speaker: str, body: bytes, choices: int = 1) -> list[Event]:
 
 def folded(events: Iterable[Event]) -> dict[int, chat_pb2.ChatMessage]:
     """The messages that deltas add up to, by choice."""
-    messages: dict[int, chat_pb2.ChatMessage] = {}
+    growing: dict[int, Growing] = {}
     for event in events:
         if event.WhichOneof("event") == "delta":
-            index = event.delta.choice_index
-            message = messages.setdefault(index, chat_pb2.ChatMessage(role="assistant"))
-            append(message, event.delta)
-    return messages
+            growing.setdefault(event.delta.choice_index, Growing()).add(event.delta)
+    return {index: each.message() for index, each in growing.items()}
 
 
 def fault(speaker: str, *pieces: bytes, choices: int = 1) -> UpstreamFault:
