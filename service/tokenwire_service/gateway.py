@@ -515,7 +515,7 @@ class Gateway:
                 if index == 0:
                     errors[0], told_at = error, self._now()
         told = errors[0]
-        if told.retry_after is not None:  # a while ago, perhaps
+        if names and told.retry_after is not None:  # others were asked meanwhile
             told.retry_after = max(0.0, told.retry_after - (self._now() - told_at))
         raise told
 

@@ -16,6 +16,7 @@ from tokenwire_service.errors import Fault, UpstreamFault
 from tokenwire_service.upstream import sse
 from tokenwire_service.upstream.dialect import Encoded
 from tokenwire_service.upstream.dialects import loaded
+from tokenwire_service.upstream.openai import OpenAI
 
 DIALECTS = loaded()
 
@@ -124,7 +125,18 @@ def test_a_recorded_stream_that_was_cut_is_never_ok(name: str) -> None:
         assert caught.value.fault in (Fault.TRUNCATED, Fault.PROTOCOL)
 
 
-@pytest.mark.parametrize("dialect", sorted(set(DIALECTS) - {"openai"}))
+OF_OPENAIS_SHAPE = sorted(name for name, each in DIALECTS.items() if isinstance(each, OpenAI))
+
+
+@pytest.mark.parametrize("dialect", OF_OPENAIS_SHAPE)
+def test_a_recording_of_another_shape_is_a_protocol_fault(dialect: str) -> None:
+    for item in runner.items("streams_foreign"):
+        with pytest.raises(UpstreamFault) as caught:
+            read(dialect, [item.data["body"].encode()])
+        assert caught.value.fault is Fault.PROTOCOL, item
+
+
+@pytest.mark.parametrize("dialect", sorted(set(DIALECTS) - set(OF_OPENAIS_SHAPE)))
 def test_every_other_recording_is_a_protocol_fault(dialect: str) -> None:
     wrong = 0
     for kind in ("streams_foreign", "streams"):

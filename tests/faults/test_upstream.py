@@ -242,7 +242,7 @@ async def test_f04_a_stall_ends_by_its_own_timer_and_frees_the_key(
         assert received.failure is not None
         reasons = {
             "before the headers": ("UPSTREAM_TIMEOUT", "no answer within 0.2 s"),
-            "after the headers": ("UPSTREAM_TIMEOUT", "no event in time"),
+            "after the headers": ("UPSTREAM_TIMEOUT", "no text in time"),
             "midway": ("UPSTREAM_STREAM_INTERRUPTED", "silent for 0.3 s"),
         }
         assert received.failure.reason == reasons[stage][0]

@@ -14,6 +14,7 @@ from sse_reference import reference
 from tokenwire.v1.chat_service_pb2 import ChatResponse, StreamChatResponse
 from tokenwire_service.errors import UpstreamFault
 from tokenwire_service.upstream import sse
+from tokenwire_service.upstream.dialect import Encoded
 from tokenwire_service.upstream.openai import OpenAI
 
 _NO_LIMIT = 1 << 30
@@ -67,7 +68,7 @@ Decoded = tuple[list[StreamChatResponse], str]
 
 def _decoded(events: Iterable[sse.Event], error_field: bytes | None, choices: int) -> Decoded:
     """(what the caller would get, the fault it ended with)."""
-    decoder = OpenAI().stream_decoder(choices)
+    decoder = OpenAI().stream_decoder(Encoded(OpenAI(), "", b"", choices=choices))
     out: list[StreamChatResponse] = []
     try:
         for event in events:
@@ -135,7 +136,7 @@ def openai_stream(data: bytes) -> None:
 def openai_answer(data: bytes) -> None:
     """Any body becomes an answer with a choice, or an UpstreamFault."""
     try:
-        answer = OpenAI().decode(data)
+        answer = OpenAI().decode(Encoded(OpenAI(), "", b""), data)
     except UpstreamFault:
         return
     assert answer.choices
