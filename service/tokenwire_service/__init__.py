@@ -1,1 +1,3 @@
-"""Tokenwire's gateway: gRPC chat in front of OpenAI-compatible upstreams."""
+"""Tokenwire's gateway: gRPC chat in front of LLM providers."""
+
+__version__ = "0.1.0"

@@ -6,11 +6,11 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 
 from google.protobuf.duration_pb2 import Duration
 
 from tokenwire.admin.v1 import admin_service_pb2
+from tokenwire_service import __version__
 from tokenwire_service.config import Config
 from tokenwire_service.counters import Counters, KeyCount
 from tokenwire_service.gateway import Gateway
@@ -47,7 +47,7 @@ class AdminServicer:
         self._logger = logger
         self._now = now
         self._started = now()
-        self._version = version("tokenwire-service")
+        self._version = __version__
 
     async def ListKeys(  # noqa: N802  # the contract's name
         self, request: admin_service_pb2.ListKeysRequest, context: object

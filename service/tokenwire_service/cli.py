@@ -12,9 +12,10 @@ import os
 import sys
 from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tokenwire_service import __version__
 
 if TYPE_CHECKING:
     from tokenwire_service.config import Config
@@ -38,9 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tokenwire_service import terminal
 
     parser = argparse.ArgumentParser(prog="tokenwire", description="A gRPC gateway for LLM chat.")
-    parser.add_argument(
-        "--version", action="version", version=f"tokenwire {version('tokenwire-service')}"
-    )
+    parser.add_argument("--version", action="version", version=f"tokenwire {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="run the gateway")

@@ -6,6 +6,7 @@ from tokenwire.core import BatchResult
 from tokenwire.errors import FieldViolation, TokenwireError
 from tokenwire.replies import Accumulator, Choice, Reply, StreamEvent, ToolCall
 from tokenwire.requests import CallOptions, ChatOptions, Message, Prompt
+from tokenwire.version import __version__
 
 __all__ = [
     "Accumulator",
@@ -26,5 +27,6 @@ __all__ = [
     "StreamEvent",
     "TokenwireError",
     "ToolCall",
+    "__version__",
     "aio",
 ]

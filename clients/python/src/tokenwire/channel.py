@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import grpc
+
+from tokenwire.version import __version__
 
 DEFAULT_TARGET = "localhost:50051"
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
@@ -111,7 +112,7 @@ def _credentials(tls: Tls) -> grpc.ChannelCredentials | None:
 
 def _options(overrides: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
     options: dict[str, Any] = {
-        "grpc.primary_user_agent": f"tokenwire-python/{version('tokenwire')}",
+        "grpc.primary_user_agent": f"tokenwire-python/{__version__}",
         "grpc.service_config": json.dumps(_service_config()),
         "grpc.max_send_message_length": MAX_MESSAGE_BYTES,
         "grpc.max_receive_message_length": MAX_MESSAGE_BYTES,
