@@ -62,8 +62,8 @@ build/npm/.complete: tests/aimock/package.json tests/aimock/package-lock.json te
 	@if npm ci --prefix $(@D) --prefer-offline --ignore-scripts --no-audit --no-fund --loglevel=error >/dev/null; \
 	then touch $@; else echo "npm cannot install aimock: its tests fail in CI and are skipped elsewhere"; test -z "$${CI:-}"; fi
 
-# Upstreams written by others that are too heavy for CI: gigabytes of torch, a quarter of an hour
-# of C++. Each lives apart: see tests/servers.
+# Upstreams written by others, each apart: see tests/servers. CI tests against LiteLLM; the other two
+# are too heavy for it: gigabytes of torch, a quarter of an hour of C++.
 SERVERS := litellm transformers llama_cpp
 
 build/servers/%/.complete: tests/servers/%.txt $(BIN)/.complete
@@ -76,7 +76,7 @@ build/servers/%/.complete: tests/servers/%.txt $(BIN)/.complete
 setup-servers: $(SERVERS:%=build/servers/%/.complete) ## Install the servers by others that test-servers tests against
 
 .PHONY: test-servers
-test-servers: setup-servers ## Test against LiteLLM, transformers and llama.cpp (heavy: not in CI)
+test-servers: setup-servers ## Test against LiteLLM, transformers and llama.cpp (the last two are heavy: not in CI)
 	$(BIN)/pytest tests/servers $(ARGS)
 
 # --- clients ------------------------------------------------------------------------
@@ -138,7 +138,7 @@ check: $(BIN)/.complete $(CONTRACT)/.complete check-contract ## Everything CI ch
 	@echo "make check: all good"
 
 .PHONY: test
-test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete ## Run every test (ARGS="-k name" narrows)
+test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete $(if $(CI),build/servers/litellm/.complete) ## Run every test (ARGS="-k name" narrows)
 	$(BIN)/pytest $(ARGS)
 	@$(if $(ARGS),,$(call in-clients,test))
 

@@ -1,7 +1,7 @@
 """Servers by others as processes, each in an environment of its own: `make test-servers`.
 
-They are heavy (gigabytes of torch, a quarter of an hour of C++), so that `make test` and CI leave
-them out: their tests run where `make setup-servers` was.
+CI tests against LiteLLM. The others are heavy (gigabytes of torch, a quarter of an hour of C++):
+their tests run where `make setup-servers` was.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ _STARTS_WITHIN = 900.0  # seconds: the first start compiles thousands of modules
 
 
 def programs(name: str) -> Path:
-    """Where an environment has its programs; skips where it is not installed."""
+    """Where an environment has its programs; skips where it is not installed, but in CI only the
+    heavy ones."""
     folder = ROOT / "build/servers" / name
     if not (folder / ".complete").exists():
+        assert name != "litellm" or not os.environ.get("CI"), "`make test` installs LiteLLM in CI"
         pytest.skip(f"{name} is not installed: make setup-servers")
     return folder / "venv/bin"
 
