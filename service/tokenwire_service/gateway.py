@@ -372,7 +372,7 @@ class Gateway:
     async def _admitted(self, call: Call) -> AsyncIterator[None]:
         """Refuses calls while draining; ends the call at its deadline, whatever it is doing; adds
         to what went wrong what was tried."""
-        if not call.accepted:
+        if self._closed or not call.accepted:
             self.refuse_if_draining()
         seconds = call.deadline - self._now()
         if seconds <= 0:
@@ -394,7 +394,8 @@ class Gateway:
             raise self._out_of_time(call) from None
 
     def close(self) -> None:
-        """Ends every call that still runs, now, with GATEWAY_DRAINING: their grace is over."""
+        """Ends every call that still runs, now, with GATEWAY_DRAINING: their grace is over. What
+        was accepted but has not begun, as the next item of a batch, does not begin."""
         self.draining = self._closed = True
         for timer in self._timers:
             timer.reschedule(asyncio.get_running_loop().time())
@@ -640,7 +641,7 @@ class Gateway:
         if pool.ring.counts_tokens:
             choices = max(1, chat.params.choice_count)
             cost = estimate(chat, 0).prompt_tokens + plan.encoded.max_completion_tokens * choices
-        until = call.deadline if plan.patient and not plan.over_tier else self._now()
+        until = call.deadline if plan.patient else self._now()
         waited = _Stopwatch(self._now)
         try:
             found = await pool.lease(
@@ -649,6 +650,7 @@ class Gateway:
                 sticky=chat.prompt_cache_key,
                 tokens=cost,
                 avoid=plan.avoid,
+                wait=not plan.over_tier,  # for a key that may refuse it, too
             )
         finally:
             call.key_seconds += waited.stop()
@@ -714,6 +716,7 @@ class Gateway:
         fault = UpstreamFault(closed_by)
         if plan.last is not None and plan.last.fault is closed_by:
             fault = plan.last
+        plan.last = fault  # what the caller hears: it says whether another model has its turn
         error = self._error(call, plan.pool, plan.route, fault)
         if found.worth_waiting(math.inf):
             error.retry_after = max(0.0, found.until - self._now())

@@ -78,13 +78,15 @@ class Pool:
         sticky: str = "",
         tokens: int = 0,
         avoid: frozenset[str] = frozenset(),
+        wait: bool = True,
     ) -> Lease | Unavailable:
         """A key, to be given back to `release`; or why none can serve before `deadline`. Waits for
-        as long as that may change. `sticky`, `tokens` and `avoid`: as KeyRing.lease."""
+        as long as that may change; unless not to `wait`, also for one that is only busy. `sticky`,
+        `tokens` and `avoid`: as KeyRing.lease."""
         found = self._closed.get((model, avoid)) or self.ring.lease(
             model, self._now(), sticky=sticky, tokens=tokens, avoid=avoid
         )
-        if isinstance(found, Lease) or not found.worth_waiting(deadline):
+        if isinstance(found, Lease) or not wait or not found.worth_waiting(deadline):
             return found
         turn: asyncio.Future[Lease | Unavailable] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiter(model, deadline, sticky, tokens, avoid, turn))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
@@ -12,6 +12,7 @@ from simulation.history import Failed, Leased, Released, Replaced, Succeeded
 from tokenwire_service.config import Key
 from tokenwire_service.errors import Fault
 from tokenwire_service.keyring import Lease
+from tokenwire_service.secret import Secret
 
 BREAKER = {Fault.SERVER_ERROR, Fault.UNREACHABLE, Fault.TIMEOUT}
 
@@ -26,6 +27,16 @@ class Scope:
     probe: Lease | None = None
 
 
+@dataclass(slots=True, eq=False)
+class Holding:
+    """What belongs to one key from when it came, for as long as it stays or is in use."""
+
+    key: Key
+    leases: set[Lease] = field(default_factory=set)
+    recent: deque[float] | None = None  # if it is limited, when it was had
+    serves: set[str] = field(default_factory=set)  # models that it has answered for
+
+
 @dataclass(slots=True)
 class Book:
     """The keys of one upstream as they must be, from what happened to them."""
@@ -33,11 +44,12 @@ class Book:
     keys: dict[str, Key] = field(default_factory=dict)
     scopes: dict[Hashable, Scope] = field(default_factory=dict)
     probing: dict[Lease, list[tuple[Hashable, float]]] = field(default_factory=dict)
-    leases: set[Lease] = field(default_factory=set)
-    # By key id, since the key came: who has it; and if it is limited, when it was had.
-    holders: dict[str, set[Lease]] = field(default_factory=lambda: defaultdict(set))
-    recent: dict[str, deque[float]] = field(default_factory=dict)
+    leases: dict[Lease, Holding] = field(default_factory=dict)
+    holdings: dict[str, Holding] = field(default_factory=dict)  # by key id
+    # Keys that left, or their old secrets, in use yet: by id and secret.
+    former: dict[tuple[str, Secret], Holding] = field(default_factory=dict)
     held_back: set[tuple[str, str]] = field(default_factory=set)  # (group, model) with a limit
+    uneven: set[str] = field(default_factory=set)  # models that some key was found to lack
 
     def scope(self, name: Hashable) -> Scope:
         """One scope, open if nothing has been heard of it."""
@@ -45,7 +57,21 @@ class Book:
 
     def running(self, key_id: str) -> int:
         """How many requests the key has under way."""
-        return len(self.holders[key_id])
+        holding = self.holdings.get(key_id)
+        return len(holding.leases) if holding is not None else 0
+
+    def knows(self, key: Key, model: str) -> bool:
+        """Whether the key has answered for the model; or no key was found to lack it."""
+        return model not in self.uneven or model in self.holdings[key.id].serves
+
+    def served_elsewhere(self, lease: Lease) -> bool:
+        """Whether another key than that of the lease has answered for its model."""
+        own = self.leases.get(lease)
+        return any(
+            lease.model in holding.serves
+            for holding in self.holdings.values()
+            if holding is not own
+        )
 
     def closed(self, key: Key, model: str, at: float) -> bool:
         """Whether some scope is closed to the key; not: merely busy with a probe."""
@@ -77,6 +103,17 @@ class Book:
                     delay = min(fault.retry_after, 3600.0)
                 else:
                     delay = min(60.0, 2.0 ** (self.strike(scope, event.at) - 1))
+            case Fault.DAILY_QUOTA:
+                scope = ("group", key.quota_group, model)
+                delay = 3600.0 if fault.retry_after is None else min(fault.retry_after, 3600.0)
+            case Fault.MODEL_NOT_FOUND:
+                holding = self.leases[event.lease]
+                if holding.key.secret == key.secret:
+                    holding.serves.discard(model)
+                if not self.served_elsewhere(event.lease):
+                    return []  # it may as well be the caller who misspelt it
+                self.uneven.add(model)
+                scope, delay = ("key", key.id, key.secret, model), 3600.0
             case Fault.QUOTA_EXHAUSTED:
                 scope = ("group", key.quota_group)
                 delay = min(3600.0, 300.0 * 2.0 ** (self.strike(scope, event.at) - 1))
@@ -125,10 +162,10 @@ class Book:
     def leased(self, event: Leased) -> None:
         """The lease probes whatever was closed."""
         lease = event.lease
-        self.leases.add(lease)
-        self.holders[lease.key.id].add(lease)
-        if lease.key.id in self.recent:
-            recent = self.recent[lease.key.id]
+        holding = self.leases[lease] = self.holdings.setdefault(lease.key.id, Holding(lease.key))
+        holding.leases.add(lease)
+        recent = holding.recent
+        if recent is not None:
             recent.append(event.at)
             while recent[0] <= event.at - 60.0:
                 recent.popleft()
@@ -139,7 +176,11 @@ class Book:
                 self.probing.setdefault(lease, []).append((name, scope.until))
 
     def succeeded(self, event: Succeeded) -> None:
-        """What was opened is forgotten; so are single failures of the whole upstream."""
+        """The key serves the model. What was opened is forgotten; so are single failures of the
+        whole upstream."""
+        holding = self.leases[event.lease]
+        if holding.key.secret == event.lease.key.secret:  # not renewed meanwhile
+            holding.serves.add(event.lease.model)
         for name, _, after in event.changes:
             scope = self.scopes[name]
             scope.until = after
@@ -153,25 +194,35 @@ class Book:
     def released(self, event: Released) -> None:
         """The lease is over, and what it probed may be probed again."""
         lease = event.lease
-        self.leases.discard(lease)
-        self.holders[lease.key.id].discard(lease)
+        holding = self.leases.pop(lease, None)
+        if holding is not None:
+            holding.leases.discard(lease)
         for name, _ in self.probing.pop(lease, ()):
             if name in self.scopes and self.scopes[name].probe is lease:
                 self.scopes[name].probe = None
 
     def replaced(self, event: Replaced) -> None:
-        """A key that stays keeps its state; a new secret clears its account's debts."""
-        before, self.keys = self.keys, {key.id: key for key in event.keys}
+        """A key that stays keeps its state, and so does one that comes back while in use; what
+        another of its name still does is not its own. A new secret clears its account's debts."""
+        before, self.holdings = self.holdings, {}
+        self.keys = {key.id: key for key in event.keys}
         for key in event.keys:
-            old = before.get(key.id)
-            if old is None:
-                self.holders[key.id] = set()  # what its namesake still does is not its own
-            elif old.secret != key.secret:
+            holding = before.pop(key.id, None) or self.former.pop((key.id, key.secret), None)
+            if holding is None or holding.key.secret != key.secret:
                 self.scopes.pop(("group", key.quota_group), None)
-            if key.requests_per_minute is None or old is None:
-                self.recent.pop(key.id, None)
-            if key.requests_per_minute is not None:
-                self.recent.setdefault(key.id, deque())
+            if holding is None:
+                holding = Holding(key)
+            elif holding.key.secret != key.secret:
+                self.former[key.id, holding.key.secret] = holding
+                holding.serves.clear()
+            holding.key = key
+            if key.requests_per_minute is None:
+                holding.recent = None
+            elif holding.recent is None:
+                holding.recent = deque()
+            self.holdings[key.id] = holding
+        self.former |= {(h.key.id, h.key.secret): h for h in before.values()}
+        self.former = {name: holding for name, holding in self.former.items() if holding.leases}
 
 
 def scopes_of(key: Key, model: str) -> tuple[Hashable, ...]:

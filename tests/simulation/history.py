@@ -39,6 +39,7 @@ class Request:
     answered: bool = False  # with a 200, whatever came of it
     fault: UpstreamFault | None = None
     usage: chat_pb2.Usage | None = None  # the last that it told
+    fresh: bool = False  # over a connection that never served before
     retries_left: float = math.inf  # in the budget when the fault was met
     closed_at: float = math.inf
     read_while_writing: bool = False
@@ -70,15 +71,20 @@ class CallRecord:
     began: float
     deadline: float
     callers_deadline: bool
+    tokens: int = 0  # of its prompt
     slow: bool = False  # it does not always read at once
     while_draining: bool = False  # it began after the drain did
     requests: list[Request] = field(default_factory=list)
+    tried: list[str] = field(default_factory=list)  # models whose upstream was turned to
     refusals: list[tuple[float, str]] = field(default_factory=list)  # no key: (when, upstream)
     full: int = 0  # how often a queue refused it
     slot_at: float = math.inf  # when it had its first slot of the gateway
     place: str = ""
+    folded: bool = False  # its upstream was asked for the other form, a stream or a whole
+    told: int = 0  # attempts that the observer heard of
     text: str = ""
     kinds: str = ""  # initials of the messages it received, each once in a row
+    states: str = ""  # initials of the snapshots' states, each once in a row
     first_delta_at: float | None = None
     writing: bool = False  # a write is under way, or never came back
     last_write_at: float = -math.inf  # when the last write came back
@@ -88,6 +94,7 @@ class CallRecord:
     outcome: str = ""
     error: str = ""  # all that the caller was told
     about: str = ""  # the upstream that the error names
+    timer: str = ""  # that ended it, as the error says
     retry_after: float | None = None
     usage: chat_pb2.Usage | None = None
 
@@ -114,6 +121,7 @@ class Leased:
     upstream: str
     lease: Lease
     sticky: bool
+    avoid: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -124,6 +132,7 @@ class Denied:
     upstream: str
     model: str
     found: Unavailable
+    avoid: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -149,7 +158,7 @@ class Succeeded:
 
 @dataclass(slots=True)
 class Told:
-    """A key ring was told with an answer how many requests are left; what that changed."""
+    """A key ring was told with an answer how much is left; what that changed."""
 
     at: float
     upstream: str
@@ -193,6 +202,9 @@ class History:
     stalls: list[tuple[float, float]] = field(default_factory=list)  # (from, to) of the loop
     reloads: int = 0
     drained_at: float = math.inf
+    closed_at: float = math.inf  # when the grace of the drain was over
     rounds: int = 0  # of the event loop
     seen: list[str] = field(default_factory=list)  # what was found broken while it ran
     at_rest: list[str] = field(default_factory=list)  # what was not given back in the end
+    # By the judge: leases whose MODEL_NOT_FOUND came when another key had served the model.
+    served_elsewhere: set[Lease] = field(default_factory=set)

@@ -44,10 +44,8 @@ INTERRUPTED = "UPSTREAM_STREAM_INTERRUPTED"
 CALLERS_MISTAKES = {
     Fault.CONTEXT_TOO_LONG,
     Fault.CONTENT_FILTERED,
-    Fault.MODEL_NOT_FOUND,
     Fault.REFUSED,
     Fault.TOO_LARGE,
-    Fault.OVER_TIER,
 }
 ONCE_MORE = {
     Fault.CREDIT_TOO_SMALL,
@@ -62,7 +60,30 @@ OTHER_KEY = {
     Fault.ACCOUNT_DEAD,
     Fault.ACCESS_DENIED,
     Fault.RATE_LIMITED,
+    Fault.DAILY_QUOTA,
     Fault.QUOTA_EXHAUSTED,
+    Fault.OVER_TIER,  # of another group
+    Fault.MODEL_NOT_FOUND,  # if another is known to serve the model
+}
+# Reasons after which the next model has its turn; MODEL_NOT_FOUND, since it is configured here.
+FALL_OVER = {
+    "RATE_LIMITED",
+    "UPSTREAM_QUOTA_EXHAUSTED",
+    "UPSTREAM_CREDENTIALS_REJECTED",
+    "UPSTREAM_ACCESS_DENIED",
+    "UPSTREAM_UNREACHABLE",
+    "UPSTREAM_TIMEOUT",
+    "UPSTREAM_OVERLOADED",
+    "UPSTREAM_ERROR",
+    "UPSTREAM_PROTOCOL_ERROR",
+    "MODEL_NOT_FOUND",
+    "GATEWAY_OVERLOADED",
+}
+# Whose timer ended a call, by the reason that it hears.
+TIMERS = {
+    "DEADLINE_EXCEEDED": {"deadline"},
+    "CALLER_STALLED": {"write"},
+    "UPSTREAM_TIMEOUT": {"first_byte", "idle", "total"},
 }
 # Ends of a call that its caller, or its time, brought about.
 OWN_ENDS = {CANCELLED, "DEADLINE_EXCEEDED", "CALLER_STALLED"}
@@ -75,11 +96,11 @@ def judge(history: History) -> list[str]:
     broken = [*history.seen]
     for rule in OF_THE_WORLD:
         broken += rule(history)
+    of_keys = judge_keys(history)  # which tells the next what the keys were known to serve
     for call in history.calls:
         for judged in OF_CALLS:
             broken += judged(history, call)
-    broken += judge_keys(history)
-    return broken
+    return broken + of_keys
 
 
 # --- the world --------------------------------------------------------------------------
@@ -161,12 +182,16 @@ def i1_one_status_in_time(history: History, call: CallRecord) -> Iterator[str]:
     if not call.outcome or call.outcome == DEFECT:
         yield f"I1: {call.name} ended with {call.outcome or 'nothing'} {call.error}"
     until = after_stalls(history, call.deadline)
-    if call.first_delta_at is not None:
+    if call.states or call.first_delta_at is not None:
         # What is held, and the last snapshots, may still be written for a second.
         latest = after_stalls(history, until + LAST_WORDS)
         until = latest if call.writing else max(until, min(call.last_write_at, latest))
     if call.ended > until + EPSILON:
         yield f"I1: {call.name} ended {call.ended - call.deadline:g} s after its deadline"
+    upstreams = {upstream for _, upstream in call.refusals}
+    timed = call.requests and call.about not in upstreams  # else the breaker tells what others met
+    if call.outcome in TIMERS and timed and call.timer not in TIMERS[call.outcome]:
+        yield f"I1: {call.name} ended {call.outcome} by the timer {call.timer!r}"
 
 
 def i2_ok_is_proved(history: History, call: CallRecord) -> Iterator[str]:
@@ -178,8 +203,11 @@ def i2_ok_is_proved(history: History, call: CallRecord) -> Iterator[str]:
 _ORDERS = {
     # Initials of: header, delta or snapshot, finish, trailer.
     "stream": (re.compile(r"hd?ft"), re.compile(r"(hd?f?t?)?")),
-    "cumulative": (re.compile(r"hs?(fsft|s?ft)"), re.compile(r"(hs?f?t?)?")),
+    "cumulative": (re.compile(r"hsft"), re.compile(r"(hs?f?t?)?")),
 }
+# Initials of: ready, streaming, ended; x for those of an error. Without text only an error that
+# no retry helps is told by a snapshot.
+_STATES = (re.compile(r"rs?e"), re.compile(r"(rs?(e|x)?|x)?"))
 
 
 def i3_delivered_is_what_was_sent(history: History, call: CallRecord) -> Iterator[str]:
@@ -194,6 +222,8 @@ def i3_delivered_is_what_was_sent(history: History, call: CallRecord) -> Iterato
         order = _ORDERS[call.method][call.outcome != OK]
         if not order.fullmatch(call.kinds):
             yield f"I3: {call.name} got its messages in the order {call.kinds}"
+    if call.method == "cumulative" and not _STATES[call.outcome != OK].fullmatch(call.states):
+        yield f"I3: {call.name} got snapshots of the states {call.states}"
 
 
 def i4_nothing_is_tried_after_the_first_delta(history: History, call: CallRecord) -> Iterator[str]:
@@ -210,16 +240,18 @@ def i4_nothing_is_tried_after_the_first_delta(history: History, call: CallRecord
 
 def i5_attempts_are_bounded(history: History, call: CallRecord) -> Iterator[str]:
     """Requests to each upstream within the maximum; a connection that was stale is not counted,
-    once."""
+    and followed by a fresh one, once."""
     counts: Counter[str] = Counter()
     stale: Counter[str] = Counter()
     for request in call.requests:
         route = f"{request.upstream} for {request.lease.model}"
         counts[route] += 1
+        if stale[route] and not request.fresh:
+            yield f"I5: {call.name} took a pooled connection again for {request}"
         if request.fault is not None and request.fault.fault is Fault.STALE_CONNECTION:
             stale[route] += 1
     for route, count in counts.items():
-        if count > history.max_attempts + min(stale[route], 2):
+        if count > history.max_attempts + min(stale[route], 1):
             yield f"I5: {call.name} made {count} requests to {route}"
 
 
@@ -275,7 +307,7 @@ def i18_nobody_else_ends_an_answer(history: History, call: CallRecord) -> Iterat
     for request in call.requests:
         if request.fault is None and not request.complete and call.outcome not in OWN_ENDS:
             at_maximum = call.ended >= call.deadline - EPSILON
-            if not at_maximum:
+            if not at_maximum and not _cut_off(history, call):
                 yield f"I18 I22: {call.name} lost {request}, and nobody wanted that"
 
 
@@ -292,15 +324,22 @@ def i20_nobody_gives_up_too_soon(history: History, call: CallRecord) -> Iterator
         return
     if call.ended >= call.deadline - EPSILON:
         return
+    over_tier = [r for r in call.requests if r.fault and r.fault.fault is Fault.OVER_TIER]
+    passed_on = call.outcome in FALL_OVER or (call.outcome == "REQUEST_TOO_LARGE" and over_tier)
+    if passed_on and len(call.models) > 1 and set(call.tried) < set(call.models):
+        yield f"I20: {call.name} was never tried with all of {call.models}"
     if call.full:
         return  # some upstream could not even be asked
     by_model: dict[str, list[Request]] = defaultdict(list)
     for request in call.requests:
         by_model[request.lease.model].append(request)
-    refused = {upstream for _, upstream in call.refusals}
     for model, requests in by_model.items():
-        upstream = requests[-1].upstream
-        if upstream not in refused and not _may_stop(history, call, requests):
+        last = requests[-1]
+        refused = any(
+            upstream == last.upstream and at >= last.closed_at - EPSILON
+            for at, upstream in call.refusals
+        )
+        if not refused and not _may_stop(history, call, requests):
             yield f"I20: {call.name} gave up on {model} after {requests[-1]}"
 
 
@@ -313,6 +352,9 @@ def _may_stop(history: History, call: CallRecord, requests: Sequence[Request]) -
     kinds = Counter(r.fault.fault for r in requests if r.fault is not None)
     counted = sum(kinds.values()) - kinds[Fault.STALE_CONNECTION]
     if fault.should_retry is False or (kind in CALLERS_MISTAKES and not fault.should_retry):
+        return True
+    unknown = kind is Fault.MODEL_NOT_FOUND and last.lease not in history.served_elsewhere
+    if unknown and not fault.should_retry:
         return True
     if (kind in ONCE_MORE and kinds[kind] > 1) or last.retries_left < 1.0:
         return True
@@ -327,13 +369,32 @@ def _may_stop(history: History, call: CallRecord, requests: Sequence[Request]) -
     return last.closed_at + longest >= call.deadline - EPSILON
 
 
+def i20_a_request_too_large_for_an_account_asks_the_others(
+    history: History, call: CallRecord
+) -> Iterator[str]:
+    """Each quota group once, at once; it waits for none, since that may refuse it, too."""
+    before: dict[str, Request] = {}  # the last one for each model
+    too_large: dict[str, set[str]] = defaultdict(set)  # groups, by model
+    for request in call.requests:
+        model, group = request.lease.model, request.lease.key.quota_group
+        if group in too_large[model]:
+            yield f"I20: {call.name} asks again a group it is too large for, {request}"
+        last = before.get(model)
+        over_tier = last and last.fault and last.fault.fault is Fault.OVER_TIER
+        if last and over_tier and request.at > after_stalls(history, last.closed_at) + EPSILON:
+            yield f"I20: {call.name} waited for {request} since it was too large for {last}"
+        before[model] = request
+        if request.fault is not None and request.fault.fault is Fault.OVER_TIER:
+            too_large[model].add(group)
+
+
 def i20_the_error_is_about_the_model_asked_for(history: History, call: CallRecord) -> Iterator[str]:
     """Where all models fail, the caller hears of the one it asked for; unless a fallback said no
     to the request itself, in words that another model might not."""
     if len(call.models) < 2 or not call.about or call.outcome in GATEWAYS_OWN | {INTERRUPTED}:
         return
     last = call.requests[-1].fault if call.requests else None
-    if last is not None and last.fault in CALLERS_MISTAKES:
+    if last is not None and last.fault is Fault.CONTENT_FILTERED:
         return
     if call.ended >= call.deadline - EPSILON:
         return  # the server's maximum
@@ -344,10 +405,21 @@ def i20_the_error_is_about_the_model_asked_for(history: History, call: CallRecor
 
 def i22_a_drain_refuses_the_new_and_only_them(history: History, call: CallRecord) -> Iterator[str]:
     """What was accepted before goes on to its own end; what comes after hears so at once."""
-    if call.while_draining != (call.outcome == "GATEWAY_DRAINING"):
+    if call.while_draining != (call.outcome == "GATEWAY_DRAINING") and not (
+        _cut_off(history, call) and call.outcome == "GATEWAY_DRAINING"
+    ):
         yield f"I22: {call.name} began at {call.began:.3f} and ended {call.outcome}"
     if call.while_draining and call.ended > after_stalls(history, call.began) + EPSILON:
         yield f"I22: {call.name} was refused after {call.ended - call.began:g} s"
+    over = after_stalls(history, history.closed_at)
+    last_words = max(call.deadline, over + LAST_WORDS) if call.writing else call.last_write_at
+    if call.ended > max(over, last_words, call.began) + EPSILON:
+        yield f"I22: {call.name} went on for {call.ended - over:g} s after the grace of the drain"
+
+
+def _cut_off(history: History, call: CallRecord) -> bool:
+    """Whether the grace of the drain ended it."""
+    return call.ended >= history.closed_at
 
 
 OF_CALLS: tuple[Callable[[History, CallRecord], Iterable[str]], ...] = (
@@ -363,6 +435,7 @@ OF_CALLS: tuple[Callable[[History, CallRecord], Iterable[str]], ...] = (
     i18_nobody_else_ends_an_answer,
     i19_nobody_reads_ahead_of_the_caller,
     i20_nobody_gives_up_too_soon,
+    i20_a_request_too_large_for_an_account_asks_the_others,
     i20_the_error_is_about_the_model_asked_for,
     i22_a_drain_refuses_the_new_and_only_them,
 )
@@ -393,12 +466,15 @@ def judge_keys(history: History) -> list[str]:
             case Denied():
                 broken += i20_no_key_is_open_when_all_are_said_to_be_closed(book, event)
             case Failed():
+                lacks = event.fault.fault is Fault.MODEL_NOT_FOUND
+                if lacks and book.served_elsewhere(event.lease):
+                    history.served_elsewhere.add(event.lease)
                 broken += i7_i8_i10_i14_a_fault_closes_what_it_should(book, event)
             case Succeeded():
                 broken += i9_an_answer_closes_nothing(book, event)
                 book.succeeded(event)
             case Told():
-                broken += i9_few_requests_left_close_nothing(book, event)
+                broken += i9_little_that_is_left_closes_nothing(book, event)
                 book.held_back.add((event.lease.key.quota_group, event.lease.model))
             case Released():
                 broken += i11_leases_end_with_their_request(book, event)
@@ -434,13 +510,20 @@ def i7_one_probe_at_a_time(book: Book, event: Leased) -> Iterator[str]:
 
 
 def i13_the_least_busy_key_is_taken(book: Book, event: Leased) -> Iterator[str]:
-    """Of the keys that nothing holds back, one with the fewest requests for its weight."""
+    """Of the keys that nothing holds back, one with the fewest requests for its weight; and one
+    that is known to serve the model, where some key was found to lack it."""
     if event.sticky:
         return
     lease = event.lease
     busy = book.running(lease.key.id) / lease.key.weight
+    known = book.knows(lease.key, lease.model)
     for key in book.keys.values():
-        if book.running(key.id) / key.weight < busy - EPSILON and book.untouched(key, lease.model):
+        if key.quota_group in event.avoid or not book.untouched(key, lease.model):
+            continue
+        if not known and book.knows(key, lease.model):
+            yield f"I13: at {event.at:.3f} {lease.key.id} is taken, {key.id} serves the model"
+        fewer = book.running(key.id) / key.weight < busy - EPSILON
+        if fewer and book.knows(key, lease.model) == known:
             yield f"I13: at {event.at:.3f} {lease.key.id} is taken, {key.id} is less busy"
 
 
@@ -451,11 +534,18 @@ def i18_a_removed_key_is_not_leased(book: Book, event: Leased) -> Iterator[str]:
         yield f"I18: at {event.at:.3f} {key.id} is used, which was removed"
 
 
+def i20_a_group_to_avoid_is_avoided(book: Book, event: Leased) -> Iterator[str]:
+    """Who was told to be too large for a group gets a key of another."""
+    if event.lease.key.quota_group in event.avoid:
+        yield f"I20: at {event.at:.3f} {event.lease.key.id} is used by one too large for its group"
+
+
 def limits_are_kept(book: Book, event: Leased) -> Iterator[str]:
     """Requests per minute exactly, and requests at once: docs/configuration.md promises them."""
     key = event.lease.key
-    if key.requests_per_minute is not None and key.id in book.recent:
-        within = [at for at in book.recent[key.id] if at > event.at - 60.0 + EPSILON]
+    holding = book.holdings.get(key.id)
+    if key.requests_per_minute is not None and holding is not None:
+        within = [at for at in holding.recent or () if at > event.at - 60.0 + EPSILON]
         if len(within) + 1 > key.requests_per_minute:
             yield f"limits: at {event.at:.3f} {key.id} makes its {len(within) + 1}. in a minute"
     if key.in_flight is not None and book.running(key.id) + 1 > key.in_flight:
@@ -467,6 +557,7 @@ AT_LEASE: tuple[Callable[[Book, Leased], Iterable[str]], ...] = (
     i7_one_probe_at_a_time,
     i13_the_least_busy_key_is_taken,
     i18_a_removed_key_is_not_leased,
+    i20_a_group_to_avoid_is_avoided,
     limits_are_kept,
 )
 
@@ -474,6 +565,8 @@ AT_LEASE: tuple[Callable[[Book, Leased], Iterable[str]], ...] = (
 def i20_no_key_is_open_when_all_are_said_to_be_closed(book: Book, event: Denied) -> Iterator[str]:
     """Whoever is sent away, or made to wait for what cools, could not have been served."""
     for key in book.keys.values():
+        if key.quota_group in event.avoid:
+            continue
         limited = key.requests_per_minute is not None or key.tokens_per_minute is not None
         if not limited and not book.closed(key, event.model, event.at):
             yield f"I20: at {event.at:.3f} {event.model} is told {event.found}, {key.id} is not"
@@ -520,10 +613,10 @@ def i9_an_answer_closes_nothing(book: Book, event: Succeeded) -> Iterator[str]:
         yield f"I7: at {event.at:.3f} a probe was answered, and {scope} stays closed"
 
 
-def i9_few_requests_left_close_nothing(book: Book, event: Told) -> Iterator[str]:
-    """That few are left lowers how many run at once, and no more."""
+def i9_little_that_is_left_closes_nothing(book: Book, event: Told) -> Iterator[str]:
+    """That few requests or tokens are left lowers how many run at once, and no more."""
     for scope, _, _ in event.changes:
-        yield f"I9: at {event.at:.3f} requests that are left change {scope}"
+        yield f"I9: at {event.at:.3f} what is left changes {scope}"
 
 
 def i11_leases_end_with_their_request(book: Book, event: Released) -> Iterator[str]:
@@ -546,18 +639,19 @@ def at_a_glance(now: float, pools: Sequence[Pool], slots: Admission) -> list[str
 
 
 def i20_nobody_waits_for_a_key_that_is_free(pool: Pool, now: float) -> Iterator[str]:
-    """A key that is free is had at once by the first in line for each model (timers may be a
-    moment late); a limit that grows with time is looked at every second. And nobody waits for
-    what cannot come before the deadline (I21)."""
+    """A key that is free is had at once by the first in line for each model, and of those too
+    large for the same groups (timers may be a moment late); a limit that grows with time is looked
+    at every second. And nobody waits for what cannot come before the deadline (I21)."""
     ring: Any = pool.ring
-    heads: dict[str, Any] = {}
+    heads: dict[Any, Any] = {}
     for waiter in pool._waiting:
         if not waiter.turn.done():
-            heads.setdefault(waiter.model, waiter)
-    for model, waiter in heads.items():
+            heads.setdefault((waiter.model, waiter.avoid), waiter)
+    for (model, avoid), waiter in heads.items():
         closed = [
             ring._closed(state, model, at, waiter.tokens)
             for state in ring._keys
+            if state.key.quota_group not in avoid
             for at in (now, now - 1.01)
         ]
         for found, before in zip(closed[::2], closed[1::2], strict=True):

@@ -20,7 +20,7 @@ from simulation.history import DELTAS, FIRST_BYTE, UNARY, CallRecord, Request
 
 from tokenwire.v1 import chat_pb2, chat_service_pb2, error_reason_pb2
 from tokenwire_service.config import Key, Upstream
-from tokenwire_service.errors import Fault, GatewayError, UpstreamFault
+from tokenwire_service.errors import TIMER, Fault, GatewayError, UpstreamFault
 from tokenwire_service.keyring import Lease
 from tokenwire_service.upstream import dialect as dialects
 from tokenwire_service.upstream.client import Progress
@@ -50,11 +50,12 @@ MISTAKES = (
     Fault.CONTENT_FILTERED,
     Fault.REFUSED,
     Fault.TOO_LARGE,
-    Fault.OVER_TIER,
     Fault.MODEL_NOT_FOUND,
 )
+_MISERIES, _WEIGHTS = list(MISERY), list(MISERY.values())
 OUTAGES = (Fault.SERVER_ERROR, Fault.UNREACHABLE, Fault.OVERLOADED, Fault.RATE_LIMITED)
 UNHEARD = (Fault.UNREACHABLE, Fault.STALE_CONNECTION, Fault.TIMEOUT, Fault.TRUNCATED)  # no status
+DAYS = (None, 40.0, 5000.0)  # what they state beside a quota of a whole day
 STATED = (0.0, 0.05, 1.0, 5.0, 30.0, 1e6)  # seconds: what providers ask for when they ask
 UNSUITED = {
     "role": error_reason_pb2.ERROR_REASON_UNKNOWN_ROLE,
@@ -70,10 +71,12 @@ class Account:
     requests: float = math.inf  # in any minute
     tokens: float = math.inf
     tells: bool = True  # how long to wait, with a 429
-    tells_remaining: bool = False  # requests left, with each answer
+    tells_remaining: bool = False  # requests and tokens left, with each answer
+    largest: float = math.inf  # tokens of one request: its tier
     running: int = 0
     spent: deque[tuple[float, int]] = field(default_factory=deque)
     broke_until: float = 0.0
+    days: dict[str, float] = field(default_factory=dict)  # until when a model's day is used up
     dead: bool = False
 
     def refuses(self, now: float, tokens: int) -> float | None:
@@ -104,7 +107,7 @@ class Dialect(dialects.Dialect):
     def encode(self, chat: chat_service_pb2.ChatRequest, route: Route, *, stream: bool) -> Encoded:
         """May say, as a real dialect, that it cannot."""
         name = chat.end_user_id
-        self._world.enters(name)
+        self._world.enters(name, route.model_name, stream)
         mistake = self._world.mistakes.get((name, route.upstream.name))
         if isinstance(mistake, str):
             raise GatewayError(UNSUITED[mistake], f"{name} does not suit {route.upstream.name}")
@@ -116,12 +119,14 @@ class Provider:
 
     def __init__(self, world: World, upstream: Upstream) -> None:
         self.upstream = upstream
+        self.keys = upstream.keys  # of now
         dialect = Dialect(world)
         self.dialect = lambda route: dialect
         self.accounts: dict[str, Account] = {}  # by name
         self.account_of: dict[str, str] = {}  # by key id
         self.revoked: set[str] = set()  # secrets
         self.denied: set[tuple[str, str]] = set()  # (secret, model)
+        self.lacks: set[tuple[str, str]] = set()  # (key id, model): fine-tuned models, previews
         self.open_answers = 0
         self._world = world
         self._random: Random = world.random
@@ -167,9 +172,9 @@ class Provider:
         world, random = self._world, self._random
         call = world.running[encoded.body.decode()]
         account = self.accounts[self.account_of[lease.key.id]]
-        request = world.sends(call, self.upstream.name, lease)
+        request = world.sends(call, self.upstream.name, lease, progress.fresh)
         tokens = random.randint(1, 400)
-        fault = self._verdict(call, lease, account, tokens)
+        fault = self._verdict(call, lease, account, tokens, progress.fresh)
         late = (
             fault is not None
             and fault.fault in (Fault.TRUNCATED, Fault.TIMEOUT, Fault.OUTPUT_INVALID)
@@ -192,6 +197,9 @@ class Provider:
             progress.first_byte_at = world.now()
             if account.tells_remaining and account.requests < math.inf:
                 progress.remaining_requests = max(0, int(account.requests) - len(account.spent))
+            if account.tells_remaining and account.tokens < math.inf:
+                spent = sum(cost for _, cost in account.spent)
+                progress.remaining_tokens = max(0, int(account.tokens) - spent)
             count = 0 if random.random() < 0.01 else random.randint(1, 8)
             which = len(call.requests)
             request.words = [f"{call.name}.{which}.{i} " for i in range(count)]
@@ -206,14 +214,14 @@ class Provider:
         limit = self.upstream.timeouts.first_byte
         if seconds > limit:
             await asyncio.sleep(limit)
-            request.fault = UpstreamFault(Fault.TIMEOUT, "no byte in time")
+            request.fault = _timeout("first_byte")
             raise request.fault
         await asyncio.sleep(seconds)
 
     # --- the truth ----------------------------------------------------------------------
 
     def _verdict(
-        self, call: CallRecord, lease: Lease, account: Account, tokens: int
+        self, call: CallRecord, lease: Lease, account: Account, tokens: int, fresh: bool
     ) -> UpstreamFault | None:
         now, random = self._world.now(), self._random
         kind: Fault | None = None
@@ -229,8 +237,15 @@ class Provider:
             kind = Fault.ACCOUNT_DEAD
         elif (secret, lease.model) in self.denied:
             kind = Fault.ACCESS_DENIED
+        elif (lease.key.id, lease.model) in self.lacks:
+            kind = Fault.MODEL_NOT_FOUND
         elif now < account.broke_until:
             kind = Fault.QUOTA_EXHAUSTED
+        elif call.tokens > account.largest:
+            kind = Fault.OVER_TIER
+        elif now < account.days.get(lease.model, 0.0):
+            kind = Fault.DAILY_QUOTA
+            stated = random.choice(DAYS)
         elif (wait := account.refuses(now, tokens)) is not None:
             kind = Fault.RATE_LIMITED
             stated = wait if account.tells else None
@@ -239,16 +254,20 @@ class Provider:
         elif outage is not None:
             kind = outage
         elif self.misery and random.random() < self.misery:
-            kind = random.choices(list(MISERY), list(MISERY.values()))[0]
+            kind = random.choices(_MISERIES, _WEIGHTS)[0]
+            if kind is Fault.STALE_CONNECTION and fresh:
+                kind = Fault.UNREACHABLE
         if kind is None:
             return None
+        if kind is Fault.TIMEOUT:
+            return _timeout("first_byte")
         if wait is None and kind in (Fault.RATE_LIMITED, Fault.OVERLOADED):
             stated = random.choice(STATED) if random.random() < 0.5 else None
         # Real providers echo keys: the gateway must not pass them on.
         should = None if random.random() < 0.95 else random.random() < 0.5
         return UpstreamFault(
             kind,
-            f"failed with {secret}",
+            f"failed with {secret} of {lease.organization}",
             http_status=500,
             code="code",
             retry_after=stated,
@@ -270,13 +289,13 @@ class Provider:
     def misfortune(self) -> None:
         """Something that lasts happens to a key or an account; or is put right."""
         random = self._random
-        keys = self.upstream.keys
+        keys = self.keys
         if not keys:
             return
         key: Key = random.choice(keys)
         account = self.accounts[self.account_of[key.id]]
         model = random.choice(self._world.names)
-        match random.randrange(9):
+        match random.randrange(13):
             case 0:
                 self.revoked.add(key.secret.reveal())
             case 1:
@@ -289,8 +308,20 @@ class Provider:
                 account.dead = random.random() < 0.5
             case 6:
                 self.denied.clear()
+                self.lacks.clear()
+            case 7 | 8:
+                for each in (model, *random.choices(self._world.names, k=2)):
+                    account.days[each] = self._world.now() + random.choice([30.0, 2000.0, 9000.0])
+            case 9 | 10:
+                self.lacks.add((key.id, model))
+            case 11:
+                self.lacks |= {(each.id, model) for each in keys}
             case _:
                 account.dead, account.broke_until = False, 0.0
+
+
+def _timeout(timer: str) -> UpstreamFault:
+    return UpstreamFault(Fault.TIMEOUT, f"too slow for {timer}", facts={TIMER: timer})
 
 
 def _usage(words: int) -> chat_pb2.Usage:
@@ -322,7 +353,8 @@ class Answer:
             self._silent_from = random.randint(0, words)
         self._tells_usage = random.random() < 0.5
         self._at = 0
-        self._heard_at = world.now()
+        # The first text has a time of its own.
+        self._silent_at = world.now() + provider.upstream.timeouts.first_byte
         self._next = self._due()
 
     @property
@@ -337,16 +369,15 @@ class Answer:
         if call.writing:
             request.read_while_writing = True
         now = world.now()
-        silent_at = self._heard_at + self._idle
-        until = min(self._next, silent_at, wake_at)
+        until = min(self._next, self._silent_at, wake_at)
         if until > now:
             await asyncio.sleep(until - now)
         if until < self._next:
             if until == wake_at:
                 return []
-            request.fault = UpstreamFault(Fault.TIMEOUT, "silent")
+            request.fault = _timeout("idle" if self._at else "first_byte")
             raise request.fault
-        self._heard_at = world.now()
+        self._silent_at = world.now() + self._idle
         if self._at >= self._cut:
             if self._fault is not None and self._fault.fault is not Fault.TRUNCATED:
                 request.fault = self._fault

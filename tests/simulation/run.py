@@ -33,9 +33,15 @@ SEEDS = range(255)
 SIZE = 4000  # calls in each world
 LEAST = 200  # how often everything must have been met in all of them
 
-# Every reason of the contract that a gateway without knowledge of its callers can send. INTERNAL
-# is a defect, and no world may see one.
-_NEVER = ("CALLER_UNAUTHENTICATED", "CALLER_FORBIDDEN", "CALLER_QUOTA_EXCEEDED", "INTERNAL")
+# Every reason of the contract that a chat can end with where callers are not known. INTERNAL is a
+# defect, and no world may see one.
+_NEVER = (
+    "CALLER_UNAUTHENTICATED",
+    "CALLER_FORBIDDEN",
+    "CALLER_QUOTA_EXCEEDED",
+    "TOKENIZER_UNAVAILABLE",
+    "INTERNAL",
+)
 REASONS = tuple(
     name
     for name in (
@@ -72,7 +78,19 @@ TO_MEET: dict[str, tuple[str, ...]] = {
     "fault": tuple(fault.value for fault in Fault),
     "cancelled": PLACES,
     "method": ("chat", "stream", "cumulative", "item"),
-    "event": ("reload", "stall", "drain", "fallback answered", "retry answered", "slow reader"),
+    "event": (
+        "reload",
+        "stall",
+        "drain",
+        "cut off at the end of the drain",
+        "slow reader",
+        "retry answered",
+        "fallback answered",
+        "account of another tier answered",
+        "key that has the model answered",
+        "stream made a whole answer",
+        "whole answer made a stream",
+    ),
 }
 
 
@@ -104,7 +122,19 @@ def summarize(seed: int, size: int = SIZE) -> Summary:
                 met["fault", request.fault.fault.value] += 1
         if call.outcome == OK:
             met["event", "retry answered"] += len(call.requests) > 1
-            met["event", "fallback answered"] += call.requests[-1].lease.model != call.models[0]
+            model = call.requests[-1].lease.model
+            before = {
+                request.fault.fault
+                for request in call.requests[:-1]
+                if request.fault is not None and request.lease.model == model
+            }
+            met["event", "fallback answered"] += model != call.models[0]
+            met["event", "account of another tier answered"] += Fault.OVER_TIER in before
+            met["event", "key that has the model answered"] += Fault.MODEL_NOT_FOUND in before
+            met["event", "stream made a whole answer"] += call.folded and not call.kinds
+            met["event", "whole answer made a stream"] += call.folded and bool(call.kinds)
+        cut_off = call.outcome == "GATEWAY_DRAINING" and not call.while_draining
+        met["event", "cut off at the end of the drain"] += cut_off
         met["event", "slow reader"] += call.slow
     met["event", "reload"] += history.reloads
     met["event", "stall"] += len(history.stalls)

@@ -13,7 +13,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, cast
 
@@ -45,7 +45,7 @@ from simulation.judge import at_a_glance
 from simulation.provider import MISTAKES, UNSUITED, Account, Provider
 from simulation.vtime import VirtualLoop
 
-from tokenwire.v1 import chat_pb2, chat_service_pb2, error_reason_pb2
+from tokenwire.v1 import chat_service_pb2, error_reason_pb2
 from tokenwire_service.admission import Admission, FullError
 from tokenwire_service.callers import Tenant
 from tokenwire_service.config import Config, Key, Limits, Model, Retries, Timeouts, Upstream
@@ -67,6 +67,7 @@ FIRST_BYTE_TIMEOUT = 30.0
 IDLE_TIMEOUT = 15.0
 QUANTUM = 0.25  # seconds: in some worlds much happens at the very same moment
 SECRET = "sk-secret-"  # how each begins
+ORGANIZATION = "org-account-"  # likewise
 NOWHERE = "nowhere"  # a model that nobody configured
 
 # Models, each with its upstream and its fallbacks.
@@ -77,6 +78,13 @@ MODELS = (
     ("d", "u3", ("a", "c")),
     ("e", "u1", ()),
 )
+STREAMING = (None, None, None, "always", "never")
+# Of snapshots. Any other is that of an error.
+_STATES = {
+    chat_service_pb2.Snapshot.STATE_READY: "r",
+    chat_service_pb2.Snapshot.STATE_STREAMING: "s",
+    chat_service_pb2.Snapshot.STATE_ENDED: "e",
+}
 
 
 class World:
@@ -104,6 +112,7 @@ class World:
         self._hurry = chance.choice([0.02, 0.1, 0.3])  # share of callers that leave
         self._slow = chance.choice([0.0, 0.03, 0.2])  # share of callers that read slowly
         self._one_account = chance.random() < 0.2  # quota groups are declared wrongly
+        self._grace = chance.choice([0.5, 5.0, 30.0, 1e9])  # seconds of a drain
 
     async def run(self) -> History:
         """Everything that happens."""
@@ -121,11 +130,18 @@ class World:
                 if not self.gateway.draining and number > 0.98 * self.size:
                     self.gateway.draining = True
                     self.history.drained_at = self.now()
+                    loop.call_later(self.moment(self._grace), self._close)
             while self._tasks:
                 await asyncio.wait(self._tasks)
         self._at_rest()
         self.history.rounds = loop.rounds
         return self.history
+
+    def _close(self) -> None:
+        """The grace of the drain is over."""
+        if self._tasks:
+            self.history.closed_at = self.now()
+            self.gateway.close()
 
     def moment(self, mean: float) -> float:
         """A random time, seconds."""
@@ -141,7 +157,10 @@ class World:
         in_flight = chance.choice([8, 100, 500])
         config = Config(
             upstreams=tuple(self._upstream(name) for name in ("u1", "u2", "u3")),
-            models=tuple(Model(name=n, upstream=u, fallbacks=f) for n, u, f in MODELS),
+            models=tuple(
+                Model(name=n, upstream=u, fallbacks=f, streaming=chance.choice(STREAMING))
+                for n, u, f in MODELS
+            ),
             limits=Limits(in_flight=in_flight, queue=chance.choice([0, 10, 50])),
             timeouts=Timeouts(total=SERVER_MAXIMUM, write=WRITE_TIMEOUT),
             retries=Retries(
@@ -159,7 +178,7 @@ class World:
         self.gateway = Gateway(
             config,
             self.pools,
-            _Observer(history),
+            _Observer(self),
             backoff=Backoff(0.25, 8.0, chance.random),
             now=self.now,
             sleep=self._backs_off,
@@ -171,7 +190,7 @@ class World:
         )
 
     def _meet(self, upstream: Upstream) -> None:
-        config, history = self.config, self.history
+        config = self.config
         provider = Provider(self, upstream)
         for key in upstream.keys:
             self._open_account(provider, key)
@@ -184,7 +203,6 @@ class World:
             now=self.now,
         )
         self.pools[upstream.name].world = self
-        history.ring.append(Replaced(self.now(), upstream.name, upstream.keys))
 
     async def _backs_off(self, seconds: float) -> None:
         call = self.here()
@@ -205,13 +223,16 @@ class World:
             del self.leavers[call.name]
             self._loop.call_later(self.random.choice([0.0, 0.0, 0.01]), leaves[1])
 
-    def enters(self, name: str) -> None:
-        """The call has been routed."""
-        self.running[name].place = "entering"
+    def enters(self, name: str, model: str, stream: bool) -> None:
+        """The call has been routed; its upstream is to be asked for a stream, or for a whole."""
+        call = self.running[name]
+        call.place = "entering"
+        call.tried.append(model)
+        call.folded = stream != (call.method in ("stream", "cumulative"))
 
-    def sends(self, call: CallRecord, upstream: str, lease: Lease) -> Request:
+    def sends(self, call: CallRecord, upstream: str, lease: Lease, fresh: bool) -> Request:
         """A request for the call reaches its provider."""
-        request = Request(call.name, upstream, lease, self.now())
+        request = Request(call.name, upstream, lease, self.now(), fresh=fresh)
         call.requests.append(request)
         return request
 
@@ -288,6 +309,10 @@ class World:
             base_url=f"http://{name}/v1",
             keys=keys,
             passthrough=name == "u3" and self.random.random() < 0.5,
+            streaming=self.random.choice(["as_asked", "as_asked", "always", "never"]),
+            organizations=tuple(
+                f"{ORGANIZATION}{name}-{i}" for i in range(self.random.choice([0, 0, 1, 2]))
+            ),
             timeouts=UpstreamTimeouts(first_byte=FIRST_BYTE_TIMEOUT, idle=IDLE_TIMEOUT),
         )
 
@@ -310,12 +335,15 @@ class World:
         if name in provider.accounts:
             return
         chance = self.random
+        if chance.random() < 0.1:  # fine-tuned models and previews belong to accounts
+            provider.lacks.add((key.id, chance.choice(self.names)))
         provider.accounts[name] = Account(
             at_once=chance.choice([math.inf, math.inf, 3, 20]),
             requests=chance.choice([math.inf, math.inf, 20, 200]),
             tokens=chance.choice([math.inf, math.inf, 20_000]),
             tells=chance.random() < 0.5,
             tells_remaining=chance.random() < 0.5,
+            largest=chance.choice([math.inf, math.inf, 300]),
         )
 
     def _reload(self) -> None:
@@ -323,7 +351,7 @@ class World:
         chance = self.random
         provider = chance.choice(list(self.providers.values()))
         name = provider.upstream.name
-        old = {key.id: key for key in provider.upstream.keys}
+        old = {key.id: key for key in provider.keys}
         keys: list[Key] = []
         for number in range(chance.randint(0 if chance.random() < 0.1 else 1, 6)):
             new = self._key(name, number)
@@ -345,18 +373,9 @@ class World:
                     )
             keys.append(new)
             self._open_account(provider, new)
-        provider.upstream = Upstream(
-            name=name,
-            base_url=provider.upstream.base_url,
-            keys=tuple(keys),
-            passthrough=provider.upstream.passthrough,
-            timeouts=provider.upstream.timeouts,
-        )
-        pool = self.pools[name]
-        pool.ring.replace(keys)
-        self.history.ring.append(Replaced(self.now(), name, tuple(keys)))
+        provider.keys = tuple(keys)
         self.history.reloads += 1
-        pool.look()
+        self.pools[name].replace(keys)
 
     @contextmanager
     def _clocks(self) -> Iterator[None]:
@@ -421,7 +440,9 @@ class _Caller:
                 end_user_id=record.name,
                 prompt_cache_key=chance.choice(["", "", "s1", "s2"]),
             )
-            chat.messages.add(role="user").content = "x" * chance.choice([4, 400])
+            size = chance.choices([1, 100, 1000], [45, 50, 5])[0]
+            record.tokens = size
+            chat.messages.add(role="user").content = "x" * (4 * size)
             if chance.random() < 0.1:
                 chat.params.max_completion_tokens = chance.choice([100, 5000])
             self._records.append(record)
@@ -489,6 +510,7 @@ class _Caller:
             record.outcome = error.reason_name
             record.error = f"{error!r} {error}"
             record.about = error.metadata.get("upstream", "")
+            record.timer = error.metadata.get("timer", "")
             record.retry_after = error.retry_after
         except asyncio.CancelledError:
             record.outcome = CANCELLED
@@ -501,6 +523,7 @@ class _Caller:
     async def _write(self, message: Event) -> None:
         world, record = self._world, self._records[0]
         kind = message.WhichOneof("event") or "beat"
+        refused = False  # before anything was said
         if kind == "delta":
             record.text += message.delta.content
         elif kind == "snapshot":
@@ -508,9 +531,13 @@ class _Caller:
             if not text.startswith(record.text):
                 record.kinds += "!"  # it took back what it had said
             record.text = text
-        if kind in ("delta", "snapshot") and record.first_delta_at is None:
+            state = _STATES.get(message.snapshot.state, "x")
+            refused = state == "x" and not record.kinds
+            if record.states[-1:] != state:
+                record.states += state
+        if kind in ("delta", "snapshot") and record.first_delta_at is None and not refused:
             record.first_delta_at = world.now()
-        if kind != "beat" and record.kinds[-1:] != kind[0]:
+        if kind != "beat" and record.kinds[-1:] != kind[0] and not refused:
             record.kinds += kind[0]
         record.writing = True
         place = FINISH if kind in ("finish", "trailer") else WRITE
@@ -567,10 +594,10 @@ class _Caller:
         record.callers_deadline = self._until - record.began <= SERVER_MAXIMUM
         return None if self._until == math.inf else self._until - world.now()
 
-    def account(self, attempts: int, usage: chat_pb2.Usage | None) -> None:
+    def account(self, call: Call) -> None:
         """Called when an item has ended."""
         record = self._world.here()
-        record.usage = usage
+        record.usage = call.usage
         record.ended = self._world.now()
         self._world._by_task.pop(asyncio.current_task(), None)
 
@@ -590,9 +617,11 @@ class _Caller:
             for detail in answer.error.details:
                 if detail.Unpack(info):
                     record.outcome, record.about = info.reason, info.metadata.get("upstream", "")
+                    record.timer = info.metadata.get("timer", "")
             # Protobuf writes maps in an order of its own, another in each process.
             facts = f"{answer.error.message} {sorted(info.metadata.items())}"
-            record.error = whole if SECRET in whole else facts
+            shows = SECRET in whole or ORGANIZATION in whole
+            record.error = whole if shows else facts
         if record.outcome == "INTERNAL":
             record.outcome = DEFECT
         if self._pause:
@@ -611,14 +640,21 @@ def _chain(model: str) -> tuple[str, ...]:
 
 
 class _Observer:
-    """No event may show a key."""
+    """No event may show a key or who pays for it; each request to a provider is told once."""
 
-    def __init__(self, history: History) -> None:
-        self._history = history
+    def __init__(self, world: World) -> None:
+        self._world = world
 
     def attempt(self, event: AttemptEvent) -> None:
-        if SECRET in event.upstream_code or SECRET in event.key_id:
-            self._history.seen.append(f"I16: a key shows in {event}")
+        seen, call = self._world.history.seen, self._world.here()
+        shown = f"{event.upstream_code} {event.key_id} {event.reason} {event.model}"
+        if SECRET in shown or ORGANIZATION in shown:
+            seen.append(f"I16: a key shows in {event}")
+        call.told += 1
+        if event.number != call.told or call.told != len(call.requests):
+            seen.append(f"I5: {call.name} made {len(call.requests)} requests, {event} is told")
+        if event.committed != (bool(call.kinds) or call.writing):
+            seen.append(f"I4: of {call.kinds!r} to {call.name}, {event} is told")
 
     def call(self, event: CallEvent) -> None:
         raise AssertionError("calls are told by the interceptors, which are not here")
@@ -655,13 +691,22 @@ class _Pool(Pool):
     world: World
 
     async def lease(
-        self, model: str, deadline: float, *, sticky: str = "", tokens: int = 0
+        self,
+        model: str,
+        deadline: float,
+        *,
+        sticky: str = "",
+        tokens: int = 0,
+        avoid: frozenset[str] = frozenset(),
+        wait: bool = True,
     ) -> Lease | Unavailable:
         call = self.world.here()
         call.place = WAITING
-        if call.name in self.world.leavers and not cast(_Ring, self.ring).is_open(model):
+        if call.name in self.world.leavers and not cast(_Ring, self.ring).is_open(model, avoid):
             self.world.at(call, WAITING)
-        found = await super().lease(model, deadline, sticky=sticky, tokens=tokens)
+        found = await super().lease(
+            model, deadline, sticky=sticky, tokens=tokens, avoid=avoid, wait=wait
+        )
         if isinstance(found, Unavailable):
             call.refusals.append((self.world.now(), self.upstream.name))
         return found
@@ -671,24 +716,38 @@ class _Ring(KeyRing):
     """Tells every decision and what it changed."""
 
     def __init__(self, upstream: Upstream, world: World) -> None:
-        super().__init__(upstream, random=world.random.random)
         self._world = world
         self._name = upstream.name
         self._tell = world.history.ring.append
+        super().__init__(upstream, random=world.random.random)
 
-    def is_open(self, model: str) -> bool:
+    def replace(self, keys: Iterable[Key]) -> None:
+        super().replace(keys)
+        self._tell(Replaced(self._world.now(), self._name, self.keys))
+
+    def is_open(self, model: str, avoid: frozenset[str]) -> bool:
         """Whether a key can be had at once: who wants to leave while waiting must wait first."""
         now = self._world.now()
-        return any(self._closed(state, model, now, 0) is None for state in self._keys)
+        return any(
+            self._closed(state, model, now, 0) is None
+            for state in self._keys
+            if state.key.quota_group not in avoid
+        )
 
     def lease(
-        self, model: str, now: float, *, sticky: str = "", tokens: int = 0
+        self,
+        model: str,
+        now: float,
+        *,
+        sticky: str = "",
+        tokens: int = 0,
+        avoid: frozenset[str] = frozenset(),
     ) -> Lease | Unavailable:
-        found = super().lease(model, now, sticky=sticky, tokens=tokens)
+        found = super().lease(model, now, sticky=sticky, tokens=tokens, avoid=avoid)
         if isinstance(found, Lease):
-            self._tell(Leased(now, self._name, found, bool(sticky)))
+            self._tell(Leased(now, self._name, found, bool(sticky), avoid))
         elif found.fault is not None:
-            self._tell(Denied(now, self._name, model, found))
+            self._tell(Denied(now, self._name, model, found, avoid))
         return found
 
     def succeed(self, lease: Lease) -> None:
@@ -696,9 +755,11 @@ class _Ring(KeyRing):
         super().succeed(lease)
         self._tell(Succeeded(self._world.now(), self._name, lease, self._changes(before)))
 
-    def remaining(self, lease: Lease, requests: int, now: float) -> None:
+    def remaining(self, lease: Lease, requests: int | None, tokens: int | None, now: float) -> None:
+        if requests is None and tokens is None:
+            return
         before = self._untils()
-        super().remaining(lease, requests, now)
+        super().remaining(lease, requests, tokens, now)
         self._tell(Told(now, self._name, lease, self._changes(before)))
 
     def fail(self, lease: Lease, fault: UpstreamFault, now: float) -> None:

@@ -561,6 +561,26 @@ def test_a_stalled_upstream_with_all_its_slots_taken_leaves_the_others_alone() -
     run(main())
 
 
+def test_an_item_that_has_not_begun_when_the_grace_of_a_drain_ends_does_not_begin() -> None:
+    async def main() -> None:
+        of = world(a=[[5.0, "hello"]])
+        items = [of.call(), of.call()]
+        for item in items:
+            item.accepted = True
+        of.gateway.draining = True
+        running = asyncio.ensure_future(of.gateway.chat(items[0]))
+        await asyncio.sleep(1.0)
+        began = now()
+        of.gateway.close()
+        assert (await failure(running)).reason_name == "GATEWAY_DRAINING"
+        assert (await failure(of.gateway.chat(items[1]))).reason_name == "GATEWAY_DRAINING"
+        assert now() == began
+        assert len(of.providers["a"].asked) == 1
+        of.at_rest()
+
+    run(main())
+
+
 def test_a_full_queue_is_told_at_once_with_a_time_to_come_back() -> None:
     async def main() -> None:
         of = world(Limits(in_flight=2, queue=3), a=[[10.0, "slow"]])
@@ -946,6 +966,36 @@ def test_an_account_that_cools_is_not_waited_for_to_offer_it_what_is_too_large()
         assert error.reason_name == "REQUEST_TOO_LARGE"
         assert not error.retry_helps
         assert now() == began
+        of.at_rest()
+
+    run(main())
+
+
+def test_an_account_that_is_busy_is_not_waited_for_to_offer_it_what_is_too_large() -> None:
+    async def main() -> None:
+        keys = (
+            Key(id="k1", secret=Secret("secret-1")),
+            Key(id="k2", secret=Secret("secret-2"), in_flight=1),
+        )
+        slow = [100.0, "hello"]
+        of = world(upstreams={"a": {"keys": keys}}, a=[slow, slow, [Fault.OVER_TIER]])
+        others = [asyncio.ensure_future(of.chat()) for _ in keys]
+        await asyncio.sleep(1.0)
+        began = now()
+        error = await failure(of.chat())
+        assert (error.reason_name, error.metadata["attempts"]) == ("REQUEST_TOO_LARGE", "1")
+        assert now() == began
+        await asyncio.gather(*others)
+        of.at_rest()
+
+    run(main())
+
+
+def test_too_large_for_one_account_and_refused_by_the_other_leads_to_the_next_model() -> None:
+    async def main() -> None:
+        of = world(a=[[Fault.OVER_TIER], [Fault.KEY_REJECTED]], b=[["hello"]])
+        assert (await of.chat()).header.upstream == "b"
+        assert of.asked == ["a", "a", "b"]
         of.at_rest()
 
     run(main())
