@@ -33,6 +33,7 @@ RETIRED = (
     Fault.ACCOUNT_DEAD,
     Fault.ACCESS_DENIED,
     Fault.QUOTA_EXHAUSTED,
+    Fault.MODEL_NOT_FOUND,
 )
 MODELS = ("m", "n")
 
