@@ -48,7 +48,7 @@ from tokenwire_service.keyring import (
 from tokenwire_service.layouts import UNKNOWN, as_written, lay
 from tokenwire_service.pool import Pool
 from tokenwire_service.providers import proto_path as field_path
-from tokenwire_service.relay import HEARTBEAT_SECONDS, Outbox, Write
+from tokenwire_service.relay import HEARTBEAT_SECONDS, Outbox, Write, text_bytes
 from tokenwire_service.retry import Backoff, RetryBudget
 from tokenwire_service.secret import Scrubber, Secret
 from tokenwire_service.stops import StopFilter, cut
@@ -68,6 +68,8 @@ MESSAGE_CHARACTERS = 300
 MESSAGE_BYTES = 900
 TRAIL_CHARACTERS = 300
 _MORE = "..., "  # for the attempts that do not fit
+
+_INT32_MAX = 2**31 - 1
 
 _SHORTEST_ACCOUNT = 8  # characters; a shorter organization may be a plain word
 
@@ -160,6 +162,10 @@ class _Sink(Protocol):
     def wake_at(self) -> float:
         """When to call `tick` though nothing arrived."""
 
+    @property
+    def delivered_bytes(self) -> int:
+        """Of text, reasoning and tool calls so far."""
+
     async def tick(self) -> None:
         """Called at `wake_at`."""
 
@@ -177,6 +183,7 @@ class _Gathered:
 
     def __init__(self, limit: int) -> None:
         self.fold = Fold()
+        self.delivered_bytes = 0
         self._limit = limit
 
     async def tick(self) -> None:
@@ -184,6 +191,7 @@ class _Gathered:
 
     async def send(self, events: Sequence[StreamChatResponse]) -> None:
         """Keeps them. Raises UpstreamFault if they are too many."""
+        self.delivered_bytes += sum(text_bytes(e.delta) for e in events if e.HasField("delta"))
         self.fold.add(events)
         if self.fold.size > self._limit:
             raise UpstreamFault(Fault.PROTOCOL, f"the answer exceeds {self._limit} bytes")
@@ -319,6 +327,7 @@ class Gateway:
         that is proven complete."""
         plan = attempt.plan
         stops = StopFilter(plan.encoded.stop)
+        complete = False
         async with plan.pool.client.open(plan.encoded, attempt.lease, attempt.progress) as answer:
             try:
                 while (events := await answer.read(sink.wake_at)) is not None:
@@ -332,11 +341,15 @@ class Gateway:
                         plan.pool.look()
                     await sink.send(stops.apply(events))
                 tail = answer.finish()
+                complete = True
                 if tail[0].WhichOneof("event") == "header":
                     self._fill(tail[0].header, call, attempt)
                 await sink.finish(stops.apply(tail))
             finally:
-                call.usage = attempt.progress.usage = answer.usage
+                usage = answer.usage
+                if usage is not None and not complete:
+                    usage = so_far(usage, sink.delivered_bytes)
+                call.usage = attempt.progress.usage = usage
 
     async def models(self, call: Call) -> list[model_service_pb2.Model]:
         """Configured models, then what the pass-through upstream says it serves."""
@@ -398,7 +411,8 @@ class Gateway:
         was accepted but has not begun, as the next item of a batch, does not begin."""
         self.draining = self._closed = True
         for timer in self._timers:
-            timer.reschedule(asyncio.get_running_loop().time())
+            if not timer.expired():  # at its deadline already, at this very moment
+                timer.reschedule(asyncio.get_running_loop().time())
 
     def refuse_if_draining(self) -> None:
         """Raises GATEWAY_DRAINING once this instance takes nothing new."""
@@ -857,13 +871,30 @@ def estimate(chat: chat_service_pb2.ChatRequest, delivered_bytes: int) -> chat_p
     Four bytes a token is OpenAI's own rule of thumb for English; it is near for others."""
     laid = lay(UNKNOWN, chat, as_written(chat))
     prompt = laid.between + sum(len(text.encode()) for text in laid.texts) // _BYTES_PER_TOKEN
-    completion = -(-delivered_bytes // _BYTES_PER_TOKEN)
+    completion = _tokens_in(delivered_bytes)
     return chat_pb2.Usage(
         prompt_tokens=prompt,
         completion_tokens=completion,
         total_tokens=prompt + completion,
         estimated=True,
     )
+
+
+def _tokens_in(delivered_bytes: int) -> int:
+    return -(-delivered_bytes // _BYTES_PER_TOKEN)
+
+
+def so_far(told: chat_pb2.Usage, delivered_bytes: int) -> chat_pb2.Usage:
+    """Usage of a stream that was cut off after its upstream had `told` some: Anthropic tells the
+    prompt's and the first token before any text. What was delivered cost its estimate at least."""
+    usage = chat_pb2.Usage()
+    usage.CopyFrom(told)
+    usage.completion_tokens = max(told.completion_tokens, _tokens_in(delivered_bytes))
+    more = usage.completion_tokens - told.completion_tokens
+    total = max(told.total_tokens, told.prompt_tokens + told.completion_tokens) + more
+    usage.total_tokens = min(total, _INT32_MAX)  # whatever the upstream told
+    usage.estimated = True
+    return usage
 
 
 def proto_path(param: str, chat: chat_service_pb2.ChatRequest) -> str:

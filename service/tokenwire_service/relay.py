@@ -72,7 +72,7 @@ class Outbox:
         """Takes what arrived; writes it now, or at most `max_delay` later."""
         for event in events:
             if event.WhichOneof("event") == "delta":
-                self.delivered_bytes += _text_bytes(event.delta)
+                self.delivered_bytes += text_bytes(event.delta)
             self._queue(event)
         if self.first_delta_at is None:
             return
@@ -220,7 +220,8 @@ def _snapshot(
     return StreamChatResponse(snapshot=Snapshot(state=state, choice_index=index, message=message))
 
 
-def _text_bytes(delta: chat_service_pb2.Delta) -> int:
+def text_bytes(delta: chat_service_pb2.Delta) -> int:
+    """Of text, reasoning, refusal and tool calls, as UTF-8."""
     texts = [delta.content, delta.reasoning, delta.refusal]
     for part in delta.tool_calls:
         texts += [part.name, part.arguments]

@@ -431,6 +431,33 @@ CASES: dict[str, Case] = {
         Fault.CONTENT_FILTERED,
         "other",
     ),
+    "OpenRouter: flagged by its moderation": Case(
+        403,
+        {
+            "error": {
+                "code": 403,
+                "message": "This model requires moderation on OpenRouter. Your input was flagged.",
+                "metadata": {"reasons": ["violence"], "flagged_input": "...", "model_slug": "m"},
+            }
+        },
+        Fault.CONTENT_FILTERED,
+        "403",
+    ),
+    "OpenRouter: flagged, inside a 200": Case(
+        0,
+        {"error": {"code": 403, "message": "Forbidden", "metadata": {"flagged_input": "..."}}},
+        Fault.CONTENT_FILTERED,
+        "403",
+    ),
+    "xAI: flagged": Case(
+        403,
+        {
+            "code": "The caller does not have permission to execute the specified operation",
+            "error": "Content violates usage guidelines. Failed check: SAFETY_CHECK_TYPE_BIO",
+        },
+        Fault.CONTENT_FILTERED,
+        "The caller does not have permission to execute the specified operation",
+    ),
     "DashScope: filtered": Case(
         400,
         {"code": "DataInspectionFailed", "message": "inappropriate"},
@@ -536,6 +563,13 @@ def test_a_code_decides_wherever_it_stands_and_however_it_is_spelled(code: str) 
     ):
         for status in (400, 418, 429, 500, 0):
             assert classify_payload(shape, status, {}).fault is fault
+
+
+def test_xais_word_on_a_prompt_names_neither_team_nor_key() -> None:
+    text = "Content violates usage guidelines. Team: t-1, API key ID: k-1, Failed check: BIO"
+    fault = classify(403, {}, json.dumps({"code": "c", "error": text}).encode())
+    assert fault.fault is Fault.CONTENT_FILTERED
+    assert fault.message == "Content violates usage guidelines."
 
 
 def test_what_a_provider_says_is_handed_on() -> None:

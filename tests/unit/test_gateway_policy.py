@@ -17,7 +17,7 @@ from tokenwire.v1 import chat_pb2, chat_service_pb2, error_reason_pb2
 from tokenwire_service.admission import Admission
 from tokenwire_service.config import Config, Key, Limits, Model, Retries, Timeouts, Upstream
 from tokenwire_service.errors import Fault, GatewayError, UpstreamFault
-from tokenwire_service.gateway import Call, Gateway, estimate, proto_path
+from tokenwire_service.gateway import Call, Gateway, estimate, proto_path, so_far
 from tokenwire_service.keyring import KeyRing, Lease, Unavailable
 from tokenwire_service.pool import Pool
 from tokenwire_service.retry import Backoff
@@ -48,6 +48,7 @@ class Provider:
         self.asked: list[tuple[str, str]] = []  # (key, model)
         self.running = 0
         self.usage: chat_pb2.Usage | None = None  # told at the end
+        self.usage_so_far: chat_pb2.Usage | None = None  # told at the beginning
         self.remaining: int | None = None  # requests in its window
         self._scripts = scripts
 
@@ -112,7 +113,7 @@ class Answer:
         self._script = list(script)
         self._provider = provider
         self._begun = False
-        self.usage: chat_pb2.Usage | None = None
+        self.usage: chat_pb2.Usage | None = provider.usage_so_far
 
     async def read(self, wake_at: float) -> list[Event] | None:
         while self._script:
@@ -717,6 +718,44 @@ def test_a_stream_that_is_cut_off_cost_what_was_delivered(how: str, cumulative: 
     run(main())
 
 
+@pytest.mark.parametrize("method", ["Chat", "StreamChat"])
+@pytest.mark.parametrize("how", ["cancel", "upstream"])
+def test_what_an_upstream_says_before_its_text_is_not_what_the_text_cost(
+    how: str, method: str
+) -> None:
+    """Anthropic begins with the tokens of the prompt and the first of the answer."""
+
+    async def main() -> None:
+        script = [TEXT, Fault.REFUSED if how == "upstream" else 1000.0]
+        always = {"a": {"streaming": "always"}}
+        of = world(a=[script], upstreams=always)
+        of.providers["a"].usage_so_far = chat_pb2.Usage(
+            prompt_tokens=700, completion_tokens=1, total_tokens=701
+        )
+        call = of.call()
+        work = of.stream(call) if method == "StreamChat" else of.gateway.chat(call)
+        task = asyncio.ensure_future(cast(Any, work))
+        await asyncio.sleep(1.0)
+        task.cancel()
+        with pytest.raises((asyncio.CancelledError, GatewayError)):
+            await task
+        assert tokens(call.usage) == (700, 30, True)
+        assert call.usage is not None
+        assert call.usage.total_tokens == 730
+        [attempt] = of.observer.attempts
+        assert (attempt.prompt_tokens, attempt.completion_tokens) == (700, 30)
+        assert attempt.usage_estimated
+        of.at_rest()
+
+    run(main())
+
+
+def test_no_count_that_an_upstream_tells_breaks_the_sum() -> None:
+    most = 2**31 - 1
+    told = chat_pb2.Usage(prompt_tokens=most, completion_tokens=1, total_tokens=most)
+    assert so_far(told, 400).total_tokens == most
+
+
 def test_what_the_upstream_says_of_its_tokens_is_no_estimate() -> None:
     async def main() -> None:
         of = world(a=[[TEXT]])
@@ -906,6 +945,35 @@ def test_few_requests_left_hold_back_others_before_there_is_a_429() -> None:
         assert of.providers["a"].running == 3
         await asyncio.gather(first, *others)
         of.at_rest()
+
+    run(main())
+
+
+def test_the_end_of_the_grace_reaches_all_though_a_deadline_passes_at_that_moment() -> None:
+    async def main() -> None:
+        of = world(a=[[1000.0]], fallbacks=False)
+        late, running = of.call(seconds=5.0), of.call(seconds=500.0)
+        calls = [asyncio.ensure_future(failure(of.gateway.chat(c))) for c in (late, running)]
+        await asyncio.sleep(0.0)
+        await asyncio.sleep(0.0)
+        # Behind the call's own timer, before the call has noticed.
+        asyncio.get_running_loop().call_at(late.deadline, of.gateway.close)
+        await asyncio.sleep(6.0)
+        assert [c.done() for c in calls] == [True, True]
+        assert calls[1].result().reason_name == "GATEWAY_DRAINING"
+        of.at_rest()
+
+    run(main())
+
+
+def test_what_was_accepted_before_the_drain_begins_nothing_after_the_grace() -> None:
+    async def main() -> None:
+        of = world(a=[["hello"]])
+        call = of.call()
+        call.accepted = True
+        of.gateway.close()
+        assert (await failure(of.gateway.chat(call))).reason_name == "GATEWAY_DRAINING"
+        assert of.providers["a"].asked == []
 
     run(main())
 

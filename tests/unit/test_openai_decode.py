@@ -766,6 +766,7 @@ def test_annotations_count_characters() -> None:
         *(("stop", "STOP"), ("end_turn", "STOP"), ("eos", "STOP"), ("length", "LENGTH")),
         *(("max_tokens", "LENGTH"), ("tool_calls", "TOOL_CALLS"), ("function_call", "TOOL_CALLS")),
         *(("content_filter", "CONTENT_FILTER"), ("weird", "OTHER"), ("STOP", "OTHER")),
+        *(("model_length", "LENGTH"), ("sensitive", "CONTENT_FILTER")),
     ],
 )
 def test_an_end_is_named_alike_both_ways(raw: str, name: str) -> None:
@@ -775,13 +776,21 @@ def test_an_end_is_named_alike_both_ways(raw: str, name: str) -> None:
     assert whole.finish_reason_raw == raw
 
 
-def test_an_end_called_error_is_none() -> None:
-    """OpenRouter says so when the model behind it broke off: what came is only a part."""
-    assert (
-        fault_of(lambda: read(A + chunk(choice(reason="error")) + DONE)).fault is Fault.SERVER_ERROR
-    )
-    body = json.dumps(answer({"content": "a"}, "error")).encode()
-    assert fault_of(lambda: openai_answers.decode(body)).fault is Fault.SERVER_ERROR
+@pytest.mark.parametrize(
+    ("reason", "fault"),
+    [
+        ("error", Fault.SERVER_ERROR),  # OpenRouter, Mistral, vLLM: the model behind it broke off
+        ("network_error", Fault.SERVER_ERROR),  # Zhipu: inference failed
+        ("abort", Fault.SERVER_ERROR),  # vLLM, SGLang: the server gave the request up
+        ("insufficient_system_resource", Fault.OVERLOADED),  # DeepSeek: it ran out of machines
+    ],
+)
+def test_an_end_that_is_a_failure_is_none(reason: str, fault: Fault) -> None:
+    """What came is only a part, and the upstream says so."""
+    for stream in (A + chunk(choice(reason=reason)) + DONE, A + chunk(choice(reason=reason))):
+        assert fault_of(lambda stream=stream: read(stream)).fault is fault
+    body = json.dumps(answer({"content": "a"}, reason)).encode()
+    assert fault_of(lambda: openai_answers.decode(body)).fault is fault
 
 
 # --- any chunk, any cutting -------------------------------------------------------------

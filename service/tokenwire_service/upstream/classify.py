@@ -140,6 +140,11 @@ _TEXTS: tuple[tuple[frozenset[int], re.Pattern[str], Fault], ...] = (
     ),  # Anthropic
     (frozenset({400}), re.compile(r"credit balance is too low"), Fault.QUOTA_EXHAUSTED),
     (frozenset({403}), re.compile(r"key was reported as leaked"), Fault.KEY_REJECTED),  # Google
+    (
+        frozenset({403}),
+        re.compile(r"^Content violates usage guidelines"),
+        Fault.CONTENT_FILTERED,
+    ),  # xAI
     (frozenset({0, 400}), re.compile(r"prompt is too long"), Fault.CONTEXT_TOO_LONG),  # Anthropic
     (
         frozenset({0, 400}),
@@ -185,6 +190,8 @@ _CONTEXT_LIMIT = re.compile(
     r"|maximum number of tokens allowed \((\d{1,9})\)|limit for this model is (\d{1,9})"
 )
 _PROMPT_TOKENS = re.compile(r"(?:resulted in|requested|too long:|input token count \() ?(\d{1,9})")
+# What xAI adds to its words on a prompt: whose account and which key it is.
+_XAI_ACCOUNT = re.compile(r"(?<=guidelines\.) .{0,20}(?:Team|API key)\b.*", re.DOTALL)
 _TIER = re.compile(r"Limit (\d{1,12}), (?:Used \d{1,12}, )?Requested ~?(\d{1,12})")
 _TRY_AGAIN = re.compile(
     r"(?:try again in|retry after|try again after) "
@@ -226,6 +233,8 @@ def classify_payload(
         status = int(code)  # OpenRouter and Google put the status into `code`
     fault = _fault(status, code, kind, inner_code, message, error)
     facts = {}
+    if fault is Fault.CONTENT_FILTERED:
+        message = _XAI_ACCOUNT.sub("", message)
     if fault is Fault.CONTEXT_TOO_LONG:
         facts = _context_facts(message)
     if (
@@ -260,6 +269,8 @@ def _fault(
         return Fault.PROTOCOL
     if inner and inner.lower() in _CODES:
         return _CODES[inner.lower()]
+    if status == 403 and _is_flagged(error):
+        return Fault.CONTENT_FILTERED  # of this caller's prompt: any key would be told the same
     for statuses, pattern, fault in _TEXTS:
         if status in statuses and pattern.search(message):
             return fault
@@ -387,6 +398,14 @@ def _http_date(text: str) -> float | None:
         return email.utils.parsedate_to_datetime(text).timestamp()
     except (ValueError, TypeError, OverflowError):
         return None
+
+
+def _is_flagged(error: Mapping[str, Any]) -> bool:
+    """Whether OpenRouter's moderation refused the prompt: only then it says why, or quotes it."""
+    metadata = error.get("metadata")
+    return isinstance(metadata, dict) and bool(
+        metadata.get("flagged_input") or metadata.get("reasons")
+    )
 
 
 def _is_googles_day(error: Mapping[str, Any]) -> bool:

@@ -40,9 +40,18 @@ _FINISH_REASONS = {
     "eos": chat_pb2.FINISH_REASON_STOP,
     "length": chat_pb2.FINISH_REASON_LENGTH,
     "max_tokens": chat_pb2.FINISH_REASON_LENGTH,
+    "model_length": chat_pb2.FINISH_REASON_LENGTH,  # Mistral: the context window is full
     "tool_calls": chat_pb2.FINISH_REASON_TOOL_CALLS,
     "function_call": chat_pb2.FINISH_REASON_TOOL_CALLS,
     "content_filter": chat_pb2.FINISH_REASON_CONTENT_FILTER,
+    "sensitive": chat_pb2.FINISH_REASON_CONTENT_FILTER,  # Zhipu
+}
+# Ends by which an upstream says that it broke off: what it sent is only a part.
+_FAILED = {
+    "error": Fault.SERVER_ERROR,  # OpenRouter, Mistral, vLLM
+    "network_error": Fault.SERVER_ERROR,  # Zhipu: inference failed
+    "abort": Fault.SERVER_ERROR,  # vLLM, SGLang: the server gave the request up
+    "insufficient_system_resource": Fault.OVERLOADED,  # DeepSeek
 }
 _HEADER_FIELDS = frozenset(
     {
@@ -539,8 +548,9 @@ def _raise_error(answer: dict[str, Any], *, flat: bool) -> None:
 
 
 def _raise_choice_error(raw: dict[str, Any]) -> None:
-    """Raises if a choice says that its model failed (OpenRouter): its text is a part only."""
+    """Raises if a choice says that its model failed: its text is a part only."""
     if raw.get("error"):
         raise classify_payload({"error": raw["error"]}, 0, {})
-    if raw.get("finish_reason") == "error":
-        raise UpstreamFault(Fault.SERVER_ERROR, "the answer ended with finish_reason error")
+    reason = string(raw.get("finish_reason"))
+    if reason in _FAILED:
+        raise UpstreamFault(_FAILED[reason], f"the answer ended with finish_reason {reason}")
