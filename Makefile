@@ -145,6 +145,7 @@ test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete $(if $(CI),buil
 .PHONY: faults
 faults: $(BIN)/.complete ## Run the fault wall at full length, half an hour (docs/faults.md)
 	$(BIN)/pytest tests/faults --long $(ARGS)
+
 .PHONY: simulate
 simulate: $(BIN)/.complete ## Simulate a million requests; SEED=7 tells one world again, SEEDS=0:20 runs some
 	@PYTHONPATH=tests $(BIN)/python -m simulation.run $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(CALL),--call $(CALL))
@@ -160,7 +161,6 @@ compatibility: $(BIN)/.complete ## Write docs/compatibility.md from ../shared/co
 .PHONY: token-accuracy
 token-accuracy: $(BIN)/.complete ## Write docs/tokenizers.md: counts beside those of ../shared/corpus
 	@PYTHONPATH=tests $(BIN)/python -m corpus.token_accuracy
-
 
 .PHONY: fuzz
 fuzz: $(BIN)/.complete ## Fuzz what reads upstreams' bytes (FUZZ_SECONDS=600 for each target)

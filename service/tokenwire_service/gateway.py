@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -45,9 +44,8 @@ from tokenwire_service.keyring import (
     Lease,
     Unavailable,
 )
-from tokenwire_service.layouts import UNKNOWN, as_written, lay
+from tokenwire_service.layouts import estimate, so_far
 from tokenwire_service.pool import Pool
-from tokenwire_service.providers import proto_path as field_path
 from tokenwire_service.relay import HEARTBEAT_SECONDS, Outbox, Write, text_bytes
 from tokenwire_service.retry import Backoff, RetryBudget
 from tokenwire_service.secret import Scrubber, Secret
@@ -56,20 +54,10 @@ from tokenwire_service.telemetry import ABANDONED, AttemptEvent, Observer
 from tokenwire_service.tokens import tokenizer_for
 from tokenwire_service.upstream.client import Progress
 from tokenwire_service.upstream.dialect import Encoded, Route
+from tokenwire_service.wording import SAYINGS, printable, proto_path, said, trail, usage_facts
 
 T = TypeVar("T")
 StreamChatResponse = chat_service_pb2.StreamChatResponse
-
-_BYTES_PER_TOKEN = 4  # see `estimate`
-
-# Longer status messages risk the 8 kB of trailers, where every byte beyond ASCII takes three:
-# see docs/errors.md.
-MESSAGE_CHARACTERS = 300
-MESSAGE_BYTES = 900
-TRAIL_CHARACTERS = 300
-_MORE = "..., "  # for the attempts that do not fit
-
-_INT32_MAX = 2**31 - 1
 
 _SHORTEST_ACCOUNT = 8  # characters; a shorter organization may be a plain word
 
@@ -81,17 +69,6 @@ _NO_LIST = frozenset(
         error_reason_pb2.ERROR_REASON_INVALID_REQUEST,
         error_reason_pb2.ERROR_REASON_MODEL_NOT_FOUND,
     }
-)
-
-# What providers call a place below a parameter. Each is linear: the text is an upstream's.
-_PARAM_STEPS = tuple(
-    (re.compile(pattern), path)
-    for pattern, path in (
-        (r"^(\[\d+\])\.(?:function\.)?parameters\b.*", r"\1.function.parameters_schema_json"),
-        (r"^\.json_schema\.schema\b.*", ".json_schema.schema_json"),
-        (r"\.function\.arguments\b.*", ".function.arguments_json"),
-        (r"\.content\[(\d+)\].*", r".parts[\1]"),
-    )
 )
 
 
@@ -299,7 +276,7 @@ class Gateway:
         except GatewayError as error:
             if outbox.committed:
                 call.usage = call.usage or estimate(call.chat, outbox.delivered_bytes)
-                error.metadata = {**error.metadata, **_usage_facts(call.usage)}
+                error.metadata = {**error.metadata, **usage_facts(call.usage)}
                 if error.reason == error_reason_pb2.ERROR_REASON_UPSTREAM_TIMEOUT:
                     error.reason = error_reason_pb2.ERROR_REASON_UPSTREAM_STREAM_INTERRUPTED
                 error.retry_helps, error.retry_after = False, None  # it would repeat the text
@@ -399,7 +376,7 @@ class Gateway:
                 finally:
                     self._timers.discard(timer)
         except GatewayError as error:
-            error.metadata = {**error.metadata, **_trail(call)}
+            error.metadata = {**error.metadata, **trail(call.attempts)}
             raise
         except TimeoutError:
             if not timer.expired():
@@ -420,7 +397,7 @@ class Gateway:
             raise _shutting_down({})
 
     def _out_of_time(self, call: Call) -> GatewayError:
-        metadata = _trail(call)
+        metadata = trail(call.attempts)
         if self._closed:
             return _shutting_down(metadata)
         if call.deadline_is_callers:
@@ -679,13 +656,9 @@ class Gateway:
     def _error(self, call: Call, pool: Pool, route: Route, fault: UpstreamFault) -> GatewayError:
         """What the caller hears when this fault ends the request."""
         name = pool.upstream.name
-        reason = VERDICTS[fault.fault].reason
-        message = f"upstream {name}: {SAYINGS[fault.fault]}"
-        if fault.message and fault.fault not in _OWN_WORDS:
-            message += f": {fault.message}"
         error = GatewayError(
-            reason,
-            printable(message),
+            VERDICTS[fault.fault].reason,
+            printable(f"upstream {name}: {said(fault)}"),
             retry_after=self._retry_after(fault),
             metadata=self._metadata(call, pool, fault),
         )
@@ -715,12 +688,9 @@ class Gateway:
     def _interrupted(self, call: Call, attempt: Attempt, fault: UpstreamFault) -> GatewayError:
         """After the commit every fault is this one: what was sent is a prefix, not the answer."""
         pool = attempt.plan.pool
-        message = f"upstream {pool.upstream.name}: the stream ended early: {SAYINGS[fault.fault]}"
-        if fault.message and fault.fault not in _OWN_WORDS:
-            message += f": {fault.message}"
         return GatewayError(
             error_reason_pb2.ERROR_REASON_UPSTREAM_STREAM_INTERRUPTED,
-            printable(message),
+            printable(f"upstream {pool.upstream.name}: the stream ended early: {said(fault)}"),
             metadata=self._metadata(call, pool, fault),
         )
 
@@ -866,60 +836,6 @@ def _since(began: float, at: float | None) -> float | None:
     return None if at is None else max(0.0, at - began)
 
 
-def estimate(chat: chat_service_pb2.ChatRequest, delivered_bytes: int) -> chat_pb2.Usage:
-    """Usage of an answer whose upstream never said it: by bytes of text, marked as estimated.
-    Four bytes a token is OpenAI's own rule of thumb for English; it is near for others."""
-    laid = lay(UNKNOWN, chat, as_written(chat))
-    prompt = laid.between + sum(len(text.encode()) for text in laid.texts) // _BYTES_PER_TOKEN
-    completion = _tokens_in(delivered_bytes)
-    return chat_pb2.Usage(
-        prompt_tokens=prompt,
-        completion_tokens=completion,
-        total_tokens=prompt + completion,
-        estimated=True,
-    )
-
-
-def _tokens_in(delivered_bytes: int) -> int:
-    return -(-delivered_bytes // _BYTES_PER_TOKEN)
-
-
-def so_far(told: chat_pb2.Usage, delivered_bytes: int) -> chat_pb2.Usage:
-    """Usage of a stream that was cut off after its upstream had `told` some: Anthropic tells the
-    prompt's and the first token before any text. What was delivered cost its estimate at least."""
-    usage = chat_pb2.Usage()
-    usage.CopyFrom(told)
-    usage.completion_tokens = max(told.completion_tokens, _tokens_in(delivered_bytes))
-    more = usage.completion_tokens - told.completion_tokens
-    total = max(told.total_tokens, told.prompt_tokens + told.completion_tokens) + more
-    usage.total_tokens = min(total, _INT32_MAX)  # whatever the upstream told
-    usage.estimated = True
-    return usage
-
-
-def proto_path(param: str, chat: chat_service_pb2.ChatRequest) -> str:
-    """Where in the request a parameter stands that an upstream names in its own way; as it is if
-    that is nowhere."""
-    param = re.sub(r"\.\[?(\d{1,9})\b\]?", r"[\1]", param[:MESSAGE_CHARACTERS])
-    name = re.match(r"\w*", param)[0]  # type: ignore[index]  # it matches nothing at least
-    rest = param[len(name) :]
-    if name in chat_pb2.GenerationParams.DESCRIPTOR.fields_by_name:
-        return f"params.{name}{rest}"
-    if name not in chat.DESCRIPTOR.fields_by_name and f'"{name}"' in chat.extra_body_json:
-        return "extra_body_json"
-    for pattern, path in _PARAM_STEPS:
-        rest = pattern.sub(path, rest)
-    return field_path(name) + rest
-
-
-def printable(text: str) -> str:
-    """`text` as a status message can carry it: one line, no control characters, not too long."""
-    text = "".join(c if c.isprintable() else " " for c in text[: 4 * MESSAGE_CHARACTERS])
-    text = " ".join(text.split())
-    short = text[:MESSAGE_CHARACTERS].encode()[:MESSAGE_BYTES].decode(errors="ignore")
-    return text if short == text else short[:-1] + "\u2026"
-
-
 def _shutting_down(metadata: Mapping[str, str]) -> GatewayError:
     return GatewayError(
         error_reason_pb2.ERROR_REASON_GATEWAY_DRAINING,
@@ -929,54 +845,6 @@ def _shutting_down(metadata: Mapping[str, str]) -> GatewayError:
         metadata=metadata,
     )
 
-
-def _usage_facts(usage: chat_pb2.Usage) -> dict[str, str]:
-    return {
-        "promptTokens": str(usage.prompt_tokens),
-        "completionTokens": str(usage.completion_tokens),
-        "usageEstimated": "true" if usage.estimated else "false",
-    }
-
-
-def _trail(call: Call) -> dict[str, str]:
-    """How many attempts there were, and what became of the latest ones, as many as fit."""
-    facts = {"attempts": str(len(call.attempts))}
-    trail = ""
-    for attempt in reversed(call.attempts):
-        status = f" {attempt.http_status}" if attempt.http_status else ""
-        ended = reason_name(attempt.error_reason) or "unfinished"
-        step = f"{attempt.upstream}/{attempt.key_id}{status} {ended}"
-        if len(trail) + len(step) > TRAIL_CHARACTERS - 2 * len(_MORE):
-            trail = _MORE + trail
-            break
-        trail = f"{step}, {trail}" if trail else step
-    return {**facts, "trail": trail} if trail else facts
-
-
-# What each fault is called towards callers.
-SAYINGS: Mapping[Fault, str] = {
-    Fault.KEY_REJECTED: "it rejected every key it was offered",
-    Fault.ACCOUNT_DEAD: "the account of every key is deactivated",
-    Fault.ACCESS_DENIED: "it denied access to every key",
-    Fault.RATE_LIMITED: "every key is rate limited",
-    Fault.DAILY_QUOTA: "every key has used up its quota of the day",
-    Fault.QUOTA_EXHAUSTED: "every key is out of credit",
-    Fault.CREDIT_TOO_SMALL: "the credit left does not cover a request of this size",
-    Fault.OVER_TIER: "one request of this size exceeds the account's whole rate",
-    Fault.OVERLOADED: "it is overloaded",
-    Fault.SERVER_ERROR: "it failed",
-    Fault.UNREACHABLE: "it cannot be reached",
-    Fault.STALE_CONNECTION: "it closed the connection",
-    Fault.TIMEOUT: "it was too slow",
-    Fault.CONTEXT_TOO_LONG: "the prompt and the reserved output exceed the context window",
-    Fault.CONTENT_FILTERED: "its content filter refused the prompt",
-    Fault.MODEL_NOT_FOUND: "it does not serve this model",
-    Fault.REFUSED: "it refused the request",
-    Fault.OUTPUT_INVALID: "the model broke the format that was asked for",
-    Fault.TOO_LARGE: "the request is too large for it",
-    Fault.PROTOCOL: "its answer is not a chat completion",
-    Fault.TRUNCATED: "its answer is incomplete",
-}
 
 # Errors that another model's upstream may not share. A caller's own mistake is none of them.
 _FALL_OVER = frozenset(
@@ -1011,19 +879,6 @@ _UNSUITED = frozenset(
         error_reason_pb2.ERROR_REASON_UNKNOWN_ROLE,
         error_reason_pb2.ERROR_REASON_CONTEXT_LENGTH_EXCEEDED,
         error_reason_pb2.ERROR_REASON_REQUEST_TOO_LARGE,
-    }
-)
-
-# Faults whose upstream text is never passed on: it may name keys, organizations or accounts.
-_OWN_WORDS = frozenset(
-    {
-        Fault.KEY_REJECTED,
-        Fault.ACCOUNT_DEAD,
-        Fault.ACCESS_DENIED,
-        Fault.RATE_LIMITED,
-        Fault.DAILY_QUOTA,
-        Fault.QUOTA_EXHAUSTED,
-        Fault.OVER_TIER,
     }
 )
 

@@ -1,8 +1,7 @@
 """The keys that the entries of an upstream's `keys` come to, each with an id that stays.
 
-Pure: `config` uses it once, `keyfiles` again whenever a file has changed. An id is what logs,
-answers and metrics call a key, so a key that stays keeps its own, whatever comes and goes
-around it.
+Pure: `config` uses it once, `keyfiles` again whenever a file has changed. An id is what logs and
+answers call a key, so a key that stays keeps its own, whatever comes and goes around it.
 """
 
 from __future__ import annotations

@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenwire.v1 import chat_pb2, chat_service_pb2
+from tokenwire_service.upstream.json_text import INT32_MAX
 from tokenwire_service.upstream.request import Turn
 
+_BYTES_PER_TOKEN = 4  # see `estimate`
 _MAX_SCHEMA_DEPTH = 16  # of what is written as a type; deeper ones are rare, and are `any`
 
 
@@ -297,3 +299,34 @@ def family_of(model: str) -> Family:
     name = _PREFIX.sub("", model.lower())
     found = (family for family in (*FAMILIES, *_LIKELY) if family.name.match(name))
     return next(found, _NOBODY)
+
+
+def estimate(chat: chat_service_pb2.ChatRequest, delivered_bytes: int) -> chat_pb2.Usage:
+    """Usage of an answer whose upstream never said it: by bytes of text, marked as estimated.
+    Four bytes a token is OpenAI's own rule of thumb for English; it is near for others."""
+    laid = lay(UNKNOWN, chat, as_written(chat))
+    prompt = laid.between + sum(len(text.encode()) for text in laid.texts) // _BYTES_PER_TOKEN
+    completion = _tokens_in(delivered_bytes)
+    return chat_pb2.Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        estimated=True,
+    )
+
+
+def so_far(told: chat_pb2.Usage, delivered_bytes: int) -> chat_pb2.Usage:
+    """Usage of a stream that was cut off after its upstream had `told` some: Anthropic tells the
+    prompt's and the first token before any text. What was delivered cost its estimate at least."""
+    usage = chat_pb2.Usage()
+    usage.CopyFrom(told)
+    usage.completion_tokens = max(told.completion_tokens, _tokens_in(delivered_bytes))
+    more = usage.completion_tokens - told.completion_tokens
+    total = max(told.total_tokens, told.prompt_tokens + told.completion_tokens) + more
+    usage.total_tokens = min(total, INT32_MAX)  # whatever the upstream told
+    usage.estimated = True
+    return usage
+
+
+def _tokens_in(delivered_bytes: int) -> int:
+    return -(-delivered_bytes // _BYTES_PER_TOKEN)

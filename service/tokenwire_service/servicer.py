@@ -17,13 +17,14 @@ from tokenwire.v1 import (
 )
 from tokenwire_service.config import Config
 from tokenwire_service.errors import TIMER, GatewayError
-from tokenwire_service.gateway import Call, Gateway, estimate
+from tokenwire_service.gateway import Call, Gateway
 from tokenwire_service.interceptors import (
     CallContext,
     callers_cancel,
     internal_error,
     rpc_status,
 )
+from tokenwire_service.layouts import estimate
 from tokenwire_service.relay import refusal
 from tokenwire_service.tokens import TokenCounter, tokenizer_for
 from tokenwire_service.upstream.request import turns

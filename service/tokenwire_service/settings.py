@@ -399,7 +399,7 @@ class OrganizationSource(Struct, frozen=True, kw_only=True):
 class Key(Struct, frozen=True, kw_only=True):
     """One credential of one upstream."""
 
-    id: str  # unique in its upstream; stands for the key in logs, metrics and answers
+    id: str  # unique in its upstream; stands for the key in logs and answers
     secret: Secret
     organization: str | None = None  # None: the upstream's organizations in turn, if any
     weight: float = 1.0

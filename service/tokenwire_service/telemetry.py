@@ -150,11 +150,7 @@ class LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line. Line breaks in values are escaped, so that no value can forge a line."""
         given: dict[str, object] = getattr(record, "fields", {})
-        fields = {
-            name: value if isinstance(value, int | float) else self._scrub(str(value))
-            for name, value in given.items()
-            if value is not None
-        }
+        fields = {name: self._scrubbed(value) for name, value in given.items() if value is not None}
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         at = f"{stamp}.{int(record.msecs):03d}Z"
         message = self._scrub(record.getMessage())
@@ -163,14 +159,23 @@ class LineFormatter(logging.Formatter):
             line = {"time": at, "level": record.levelname.lower(), "event": message, **fields}
             if trace:
                 line["trace"] = trace
-            return _escaped(json.dumps(line, ensure_ascii=False, default=str))
-        shown = " ".join(f"{k}={_plain(v)}" for k, v in fields.items() if v not in ("", None))
+            return _escaped(json.dumps(line, ensure_ascii=False))
+        shown = " ".join(f"{k}={_plain(v)}" for k, v in fields.items() if v not in ("", {}))
         text = _escaped(f"{at} {record.levelname.lower():7} {message} {shown}".rstrip())
         return f"{text}\n{trace}" if trace else text
 
+    def _scrubbed(self, value: object) -> object:
+        """`value` as JSON has it: numbers and maps stay what they are, all else is text."""
+        if isinstance(value, Mapping):
+            return {self._scrub(str(name)): self._scrubbed(each) for name, each in value.items()}
+        return value if isinstance(value, int | float) else self._scrub(str(value))
+
 
 def _plain(value: object) -> str:
-    text = str(value)
+    if isinstance(value, dict):
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    else:
+        text = str(value)
     return text if text.isprintable() and " " not in text else json.dumps(text, ensure_ascii=False)
 
 

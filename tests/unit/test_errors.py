@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from tokenwire.v1 import error_reason_pb2
-from tokenwire_service import errors, gateway
+from tokenwire_service import errors, wording
 from tokenwire_service.errors import (
     CODES,
     VERDICTS,
@@ -53,11 +53,11 @@ def test_every_verdict_names_a_reason_that_has_a_code() -> None:
 
 
 def test_every_fault_has_a_saying_of_its_own() -> None:
-    assert set(gateway.SAYINGS) == set(Fault)
-    assert len(set(gateway.SAYINGS.values())) == len(Fault)
+    assert set(wording.SAYINGS) == set(Fault)
+    assert len(set(wording.SAYINGS.values())) == len(Fault)
 
 
-@pytest.mark.parametrize("module", [errors, gateway], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [errors, wording], ids=lambda module: module.__name__)
 def test_no_table_names_a_key_twice(module) -> None:
     for table in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
         if isinstance(table, ast.Dict):

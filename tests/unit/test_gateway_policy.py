@@ -17,8 +17,9 @@ from tokenwire.v1 import chat_pb2, chat_service_pb2, error_reason_pb2
 from tokenwire_service.admission import Admission
 from tokenwire_service.config import Config, Key, Limits, Model, Retries, Timeouts, Upstream
 from tokenwire_service.errors import Fault, GatewayError, UpstreamFault
-from tokenwire_service.gateway import Call, Gateway, estimate, proto_path, so_far
+from tokenwire_service.gateway import Call, Gateway
 from tokenwire_service.keyring import KeyRing, Lease, Unavailable
+from tokenwire_service.layouts import estimate, so_far
 from tokenwire_service.pool import Pool
 from tokenwire_service.retry import Backoff
 from tokenwire_service.secret import Secret
@@ -26,6 +27,7 @@ from tokenwire_service.telemetry import ABANDONED, AttemptEvent, CallEvent
 from tokenwire_service.upstream.client import Progress
 from tokenwire_service.upstream.dialect import Encoded
 from tokenwire_service.upstream.openai import OpenAI
+from tokenwire_service.wording import proto_path
 
 Event = chat_service_pb2.StreamChatResponse
 Deed = str | float | Fault | UpstreamFault  # says it, is silent for so many seconds, meets it

@@ -84,6 +84,19 @@ def test_a_line_of_json_has_every_field() -> None:
     assert "模型" in line
 
 
+def test_a_map_is_an_object_in_json_and_one_word_for_people() -> None:
+    labels = {"team": "search", "n": 2, "of": {"key": KEY}}
+    made = record({"labels": labels, "none": {}})
+    scrub = log_scrubber([Secret(KEY)])
+    written = json.loads(LineFormatter(as_json=True, scrub=scrub).format(made))
+    assert written["labels"] == {**labels, "of": {"key": scrub(KEY)}} != labels
+    assert written["none"] == {}
+    line = LineFormatter(as_json=False).format(record({"labels": {"team": "search"}, "none": {}}))
+    assert line.endswith(' labels={"team":"search"}')
+    line = LineFormatter(as_json=False).format(record({"labels": {"team": "a b=c"}}))
+    assert json.loads(line.partition("labels=")[2]) == '{"team":"a b=c"}'
+
+
 # Line breaks and terminal controls that JSON leaves as they are, beside those it does not.
 NASTY = ["\n", "\r", "\x0b", "\x1b[2J", "\x7f", "\x85", "\x9b2J", "\u2028", "\u2029", "\ud83d"]
 values = st.lists(st.one_of(st.text(max_size=5), st.sampled_from([*NASTY, " ", "=", '"'])))

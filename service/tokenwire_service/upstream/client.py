@@ -12,8 +12,8 @@ import asyncio
 import contextlib
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -130,55 +130,69 @@ class UpstreamClient:
         response: aiohttp.ClientResponse | None = None
         timeouts = self.upstream.timeouts
         try:
-            try:
-                async with Within(timeouts.first_byte):
-                    response = await self._connected(progress.fresh).request(
-                        "POST" if encoded.body else "GET",
-                        URL(self._base + encoded.path, encoded=True),
-                        data=encoded.body or None,
-                        headers=headers,
-                        allow_redirects=False,
-                        proxy=self.upstream.proxy,
-                        proxy_headers=login if tunnelled else None,
-                        trace_request_ctx=progress,
-                    )
-                    self.open_answers += 1
-                    progress.http_status = response.status
-                    progress.first_byte_at = self._now()
-                    progress.remaining_requests = _remaining(response, "requests")
-                    progress.remaining_tokens = _remaining(response, "tokens")
-                    if response.status == 407 and self.upstream.proxy:
-                        raise _refused_by_proxy(407)
-                    if response.status != 200:
-                        raise await self._refusal(encoded.dialect, response)
-                    kind = response.content_type
-                    if kind in ("text/html", "application/xhtml+xml"):
-                        raise UpstreamFault(
-                            Fault.PROTOCOL, f"the answer is {kind}, not JSON", http_status=200
+            with self._as_faults(progress):
+                try:
+                    async with Within(timeouts.first_byte):
+                        response = await self._connected(progress.fresh).request(
+                            "POST" if encoded.body else "GET",
+                            URL(self._base + encoded.path, encoded=True),
+                            data=encoded.body or None,
+                            headers=headers,
+                            allow_redirects=False,
+                            proxy=self.upstream.proxy,
+                            proxy_headers=login if tunnelled else None,
+                            trace_request_ctx=progress,
                         )
-            except aiohttp.ConnectionTimeoutError:
-                self._forget_addresses()
-                raise UpstreamFault(
-                    Fault.UNREACHABLE,
-                    f"no connection within {timeouts.connect:g} s",
-                    facts={TIMER: "connect"},
-                ) from None
-            except TimeoutError:
-                raise UpstreamFault(
-                    Fault.TIMEOUT,
-                    f"no answer within {timeouts.first_byte:g} s",
-                    facts={TIMER: "first_byte"},
-                ) from None
-            try:
-                yield response
-            except aiohttp.ClientError as error:
-                if isinstance(error.__cause__, ContentEncodingError):
+                        self.open_answers += 1
+                        progress.http_status = response.status
+                        progress.first_byte_at = self._now()
+                        progress.remaining_requests = _remaining(response, "requests")
+                        progress.remaining_tokens = _remaining(response, "tokens")
+                        if response.status == 407 and self.upstream.proxy:
+                            raise _refused_by_proxy(407)
+                        if response.status != 200:
+                            raise await self._refusal(encoded.dialect, response)
+                        kind = response.content_type
+                        if kind in ("text/html", "application/xhtml+xml"):
+                            raise UpstreamFault(
+                                Fault.PROTOCOL, f"the answer is {kind}, not JSON", http_status=200
+                            )
+                except aiohttp.ConnectionTimeoutError:
+                    self._forget_addresses()
                     raise UpstreamFault(
-                        Fault.PROTOCOL, "the answer's compression is broken"
+                        Fault.UNREACHABLE,
+                        f"no connection within {timeouts.connect:g} s",
+                        facts={TIMER: "connect"},
                     ) from None
-                raise UpstreamFault(
-                    Fault.TRUNCATED, f"the connection broke within the answer ({_kind(error)})"
-                ) from None
+                except TimeoutError:
+                    raise UpstreamFault(
+                        Fault.TIMEOUT,
+                        f"no answer within {timeouts.first_byte:g} s",
+                        facts={TIMER: "first_byte"},
+                    ) from None
+                try:
+                    yield response
+                except aiohttp.ClientError as error:
+                    if isinstance(error.__cause__, ContentEncodingError):
+                        raise UpstreamFault(
+                            Fault.PROTOCOL, "the answer's compression is broken"
+                        ) from None
+                    raise UpstreamFault(
+                        Fault.TRUNCATED, f"the connection broke within the answer ({_kind(error)})"
+                    ) from None
+        finally:
+            if response is not None:
+                # Only a response read to its end has given its connection back already; any
+                # other is closed with it, which is what tells the upstream to stop.
+                response.close()
+                self.open_answers -= 1
+
+    @contextmanager
+    def _as_faults(self, progress: Progress) -> Iterator[None]:
+        """Says which fault it is that no connection came about, or that one broke before its answer
+        was here."""
+        try:
+            yield
         except aiohttp.ClientConnectorCertificateError:
             raise UpstreamFault(Fault.UNREACHABLE, "the certificate is not trusted") from None
         except (
@@ -199,12 +213,6 @@ class UpstreamClient:
             raise UpstreamFault(
                 Fault.PROTOCOL, f"the answer is not HTTP ({_kind(error)})"
             ) from None
-        finally:
-            if response is not None:
-                # Only a response read to its end has given its connection back already; any
-                # other is closed with it, which is what tells the upstream to stop.
-                response.close()
-                self.open_answers -= 1
 
     async def _refusal(self, dialect: Dialect, response: aiohttp.ClientResponse) -> UpstreamFault:
         headers = {name.lower(): value for name, value in response.headers.items()}

@@ -20,7 +20,14 @@ from tokenwire_service.upstream.classify import classify
 from tokenwire_service.upstream.dialect import Dialect, Encoded, Route
 from tokenwire_service.upstream.json_text import json_object, patched, raw_object
 from tokenwire_service.upstream.media import has_unread_type, inline
-from tokenwire_service.upstream.request import Turn, Unsupported, extended, parameters, turns
+from tokenwire_service.upstream.request import (
+    Turn,
+    Unsupported,
+    extended,
+    openai_format,
+    parameters,
+    turns,
+)
 
 ToolChoice = chat_pb2.ToolChoice
 
@@ -97,7 +104,7 @@ class DashScope(Dialect):
         if choice is not None:
             theirs["tool_choice"] = choice
         if chat.HasField("response_format"):
-            theirs["response_format"] = _format(chat.response_format)
+            theirs["response_format"] = openai_format(chat.response_format)
         for name in ("end_user_id", "prompt_cache_key", "service_tier"):
             if getattr(chat, name):
                 unsupported.leave_out(name)
@@ -306,24 +313,3 @@ def _function(
     if function.strict:
         unsupported.leave_out(f"{path}.strict")
     return {"type": "function", "function": out}
-
-
-def _format(wanted: chat_pb2.ResponseFormat) -> Any:
-    kind = wanted.WhichOneof("format")
-    if kind == "raw_json":
-        return raw_object(wanted.raw_json, "response_format.raw_json")
-    if kind == "json_object":
-        return {"type": "json_object"}
-    if kind != "json_schema":
-        return {"type": "text"}
-    schema: dict[str, Any] = {
-        "name": wanted.json_schema.name,
-        "schema": raw_object(
-            wanted.json_schema.schema_json, "response_format.json_schema.schema_json"
-        ),
-    }
-    if wanted.json_schema.description:
-        schema["description"] = wanted.json_schema.description
-    if wanted.json_schema.HasField("strict"):
-        schema["strict"] = wanted.json_schema.strict
-    return {"type": "json_schema", "json_schema": schema}

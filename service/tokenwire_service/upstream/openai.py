@@ -18,6 +18,7 @@ from tokenwire_service.upstream.request import (
     Turn,
     Unsupported,
     extended,
+    openai_format,
     parameters,
     turns,
 )
@@ -66,7 +67,7 @@ class OpenAI(Dialect):
         elif choice is not None:
             unsupported.leave_out("tool_choice")
         if chat.HasField("response_format"):
-            shape = _encode_format(chat.response_format)
+            shape = openai_format(chat.response_format)
             if "response_format" not in profile.unsupported:
                 body["response_format"] = shape
             elif shape == {"type": "text"}:
@@ -319,24 +320,3 @@ def _encode_tool_choice(chat: chat_service_pb2.ChatRequest, unsupported: Unsuppo
         return named[0]
     allowed = {"mode": "required" if required else "auto", "tools": named}
     return {"type": "allowed_tools", "allowed_tools": allowed}
-
-
-def _encode_format(wanted: chat_pb2.ResponseFormat) -> Any:
-    kind = wanted.WhichOneof("format")
-    if kind == "raw_json":
-        return raw_object(wanted.raw_json, "response_format.raw_json")
-    if kind == "json_object":
-        return {"type": "json_object"}
-    if kind != "json_schema":
-        return {"type": "text"}
-    schema: dict[str, Any] = {
-        "name": wanted.json_schema.name,
-        "schema": raw_object(
-            wanted.json_schema.schema_json, "response_format.json_schema.schema_json"
-        ),
-    }
-    if wanted.json_schema.description:
-        schema["description"] = wanted.json_schema.description
-    if wanted.json_schema.HasField("strict"):
-        schema["strict"] = wanted.json_schema.strict
-    return {"type": "json_schema", "json_schema": schema}

@@ -13,7 +13,7 @@ from typing import Any
 from tokenwire.v1 import chat_pb2, chat_service_pb2, error_reason_pb2
 from tokenwire_service.errors import Violation, invalid
 from tokenwire_service.upstream.dialect import Route
-from tokenwire_service.upstream.json_text import INT32_MAX, patched
+from tokenwire_service.upstream.json_text import INT32_MAX, patched, raw_object
 from tokenwire_service.validation import KNOWN_ROLES
 
 
@@ -237,3 +237,25 @@ def _turn(
 def _is_plain(message: chat_pb2.ChatMessage) -> bool:
     """Whether a message is a role and a text and nothing else."""
     return all(descriptor.name in ("role", "content") for descriptor, _ in message.ListFields())
+
+
+def openai_format(wanted: chat_pb2.ResponseFormat) -> Any:
+    """`response_format` as OpenAI spells it, and DashScope after it."""
+    kind = wanted.WhichOneof("format")
+    if kind == "raw_json":
+        return raw_object(wanted.raw_json, "response_format.raw_json")
+    if kind == "json_object":
+        return {"type": "json_object"}
+    if kind != "json_schema":
+        return {"type": "text"}
+    schema: dict[str, Any] = {
+        "name": wanted.json_schema.name,
+        "schema": raw_object(
+            wanted.json_schema.schema_json, "response_format.json_schema.schema_json"
+        ),
+    }
+    if wanted.json_schema.description:
+        schema["description"] = wanted.json_schema.description
+    if wanted.json_schema.HasField("strict"):
+        schema["strict"] = wanted.json_schema.strict
+    return {"type": "json_schema", "json_schema": schema}
