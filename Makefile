@@ -52,6 +52,7 @@ lock: $(BIN)/.complete ## Resolve the newest versions into the hash-pinned requi
 	$$compile protos/requirements.in -o protos/requirements.txt; \
 	$$compile service/requirements.in -o service/requirements.txt; \
 	$$compile tests/requirements.in -c service/requirements.txt -o tests/requirements.txt; \
+	$$compile tests/wire/requirements.in -o tests/wire/requirements.txt; \
 	for server in $(SERVERS); do $$compile tests/servers/$$server.in -o tests/servers/$$server.txt; done
 
 # An upstream written by others: see tests/aimock. CI must test against it; a developer's
@@ -61,6 +62,31 @@ build/npm/.complete: tests/aimock/package.json tests/aimock/package-lock.json te
 	@cp $^ $(@D)
 	@if npm ci --prefix $(@D) --prefer-offline --ignore-scripts --no-audit --no-fund --loglevel=error >/dev/null; \
 	then touch $@; else echo "npm cannot install aimock: its tests fail in CI and are skipped elsewhere"; test -z "$${CI:-}"; fi
+
+# Clients written by others: see tests/wire. As above, what cannot be installed fails in CI.
+WIRE := build/wire
+RUBY := docs/clients/ruby
+missing = || { echo "$(1): its tests fail in CI and are skipped elsewhere"; test -z "$${CI:-}"; }
+
+.PHONY: setup-wire
+setup-wire: $(WIRE)/bin/.complete $(WIRE)/venv/.complete setup-ruby ## Install the clients by others that tests/wire calls the gateway with
+
+# Versions and hashes are those of go.mod and go.sum. -p 2: the memory of others counts, too.
+$(WIRE)/bin/.complete: tests/wire/tools/go.mod tests/wire/tools/go.sum
+	@echo "Building grpcurl, ghz and grpc-health-probe into $(@D) (once; some minutes)..."
+	@(cd tests/wire/tools && GOBIN="$(CURDIR)/$(@D)" GOFLAGS=-mod=readonly nice go install -p 2 tool && touch "$(CURDIR)/$@") \
+		$(call missing,go cannot build grpcurl - ghz - grpc-health-probe)
+
+$(WIRE)/venv/.complete: tests/wire/requirements.txt
+	@echo "Installing grpclib into $(@D)..."
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/$(PIP_INSTALL) tests/wire/requirements.txt
+	@touch $@
+
+# Debian's packages, which only root installs.
+.PHONY: setup-ruby
+setup-ruby:
+	@$(MAKE) --silent -C $(RUBY) available || $(MAKE) --silent -C $(RUBY) setup $(call missing,Ruby's gRPC cannot be installed)
 
 # Upstreams written by others that are too heavy for CI: gigabytes of torch, a quarter of an hour
 # of C++. Each lives apart: see tests/servers.
@@ -138,7 +164,7 @@ check: $(BIN)/.complete $(CONTRACT)/.complete check-contract ## Everything CI ch
 	@echo "make check: all good"
 
 .PHONY: test
-test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete ## Run every test (ARGS="-k name" narrows)
+test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete setup-wire ## Run every test (ARGS="-k name" narrows)
 	$(BIN)/pytest $(ARGS)
 	@$(if $(ARGS),,$(call in-clients,test))
 
