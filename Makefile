@@ -52,6 +52,7 @@ lock: $(BIN)/.complete ## Resolve the newest versions into the hash-pinned requi
 	$$compile protos/requirements.in -o protos/requirements.txt; \
 	$$compile service/requirements.in -o service/requirements.txt; \
 	$$compile tests/requirements.in -c service/requirements.txt -o tests/requirements.txt; \
+	$$compile tests/wire/requirements.in -o tests/wire/requirements.txt; \
 	for server in $(SERVERS); do $$compile tests/servers/$$server.in -o tests/servers/$$server.txt; done
 
 # An upstream written by others: see tests/aimock. CI must test against it; a developer's
@@ -61,6 +62,31 @@ build/npm/.complete: tests/aimock/package.json tests/aimock/package-lock.json te
 	@cp $^ $(@D)
 	@if npm ci --prefix $(@D) --prefer-offline --ignore-scripts --no-audit --no-fund --loglevel=error >/dev/null; \
 	then touch $@; else echo "npm cannot install aimock: its tests fail in CI and are skipped elsewhere"; test -z "$${CI:-}"; fi
+
+# Clients written by others: see tests/wire. As above, what cannot be installed fails in CI.
+WIRE := build/wire
+RUBY := docs/clients/ruby
+missing = || { echo "$(1): its tests fail in CI and are skipped elsewhere"; test -z "$${CI:-}"; }
+
+.PHONY: setup-wire
+setup-wire: $(WIRE)/bin/.complete $(WIRE)/venv/.complete setup-ruby ## Install the clients by others that tests/wire calls the gateway with
+
+# Versions and hashes are those of go.mod and go.sum. -p 2: the memory of others counts, too.
+$(WIRE)/bin/.complete: tests/wire/tools/go.mod tests/wire/tools/go.sum
+	@echo "Building grpcurl, ghz and grpc-health-probe into $(@D) (once; some minutes)..."
+	@(cd tests/wire/tools && GOBIN="$(CURDIR)/$(@D)" GOFLAGS=-mod=readonly nice go install -p 2 tool && touch "$(CURDIR)/$@") \
+		$(call missing,go cannot build grpcurl - ghz - grpc-health-probe)
+
+$(WIRE)/venv/.complete: tests/wire/requirements.txt
+	@echo "Installing grpclib into $(@D)..."
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/$(PIP_INSTALL) tests/wire/requirements.txt
+	@touch $@
+
+# Debian's packages, which only root installs.
+.PHONY: setup-ruby
+setup-ruby:
+	@$(MAKE) --silent -C $(RUBY) available || $(MAKE) --silent -C $(RUBY) setup $(call missing,Ruby's gRPC cannot be installed)
 
 # Upstreams written by others, each apart: see tests/servers. CI tests against LiteLLM; the other two
 # are too heavy for it: gigabytes of torch, a quarter of an hour of C++.
@@ -115,6 +141,12 @@ check-contract: $(CONTRACT)/.complete
 	mkdir -p build/released/$(CONTRACT); cp -r $(INCLUDE) build/released/$(INCLUDE); \
 	echo "buf breaking --against $$tag"; $(CBIN)/buf breaking protos --against build/released/protos; fi
 
+# Who changes a .proto cannot forget a client: tests/wire/test_generated.py.
+.PHONY: check-generated
+check-generated: generate
+	@dirty=$$(git status --porcelain -- clients); if [ -n "$$dirty" ]; then \
+		echo "Generated code differs from what is committed: run 'make generate' and commit it."; echo "$$dirty"; exit 1; fi
+
 # --- quality ------------------------------------------------------------------------
 
 .PHONY: format
@@ -130,15 +162,13 @@ check: $(BIN)/.complete $(CONTRACT)/.complete check-contract ## Everything CI ch
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	@$(call in-clients,check)
-	@$(MAKE) generate
-	@dirty=$$(git status --porcelain -- clients); if [ -n "$$dirty" ]; then \
-		echo "Generated code differs from what is committed: run 'make generate' and commit it."; echo "$$dirty"; exit 1; fi
+	@$(MAKE) check-generated
 	@if [ -n "$${CI:-}" ] && [ -n "$$(git status --porcelain)" ]; then \
 		echo "The checks left the tree dirty:"; git status --short; exit 1; fi
 	@echo "make check: all good"
 
 .PHONY: test
-test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete $(if $(CI),build/servers/litellm/.complete) ## Run every test (ARGS="-k name" narrows)
+test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete $(if $(CI),setup-wire build/servers/litellm/.complete) ## Run every test (ARGS="-k name" narrows)
 	$(BIN)/pytest $(ARGS)
 	@$(if $(ARGS),,$(call in-clients,test))
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
@@ -402,12 +403,30 @@ def _is_served(path: str) -> bool:
         return True
 
 
+class _Symbols:
+    """The default pool, which also finds methods: ghz and `grpcurl describe` ask for those."""
+
+    def __init__(self) -> None:
+        self._pool = descriptor_pool.Default()
+
+    def FindFileContainingSymbol(self, symbol: str) -> Any:  # noqa: N802
+        """The file of a message, field, enum, service or method. Raises KeyError."""
+        try:
+            return self._pool.FindFileContainingSymbol(symbol)
+        except KeyError:
+            return self._pool.FindMethodByName(symbol).containing_service.file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+
 def _add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
     """v1alpha, and v1, whose messages are the same and which grpcio-reflection lacks."""
     names = (*services, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
+    symbols = _Symbols()
+    reflection.enable_server_reflection(names, server, pool=symbols)
     handler = grpc.stream_stream_rpc_method_handler(
-        reflection.aio.ReflectionServicer(names).ServerReflectionInfo,
+        reflection.aio.ReflectionServicer(names, pool=symbols).ServerReflectionInfo,
         reflection_pb2.ServerReflectionRequest.FromString,
         reflection_pb2.ServerReflectionResponse.SerializeToString,
     )

@@ -1,6 +1,7 @@
 """Runs every case with every client against the same gateways, and compares what callers saw.
 
-Usage: python -m conformance.driver [--language NAME]... [--case NAME]... [--show] [--write FILE]
+Usage: python -m conformance.driver [--language NAME]... [--client FOLDER] [--case NAME]... [--show]
+[--write FILE]
 """
 
 from __future__ import annotations
@@ -260,6 +261,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs what was asked for; 0 when every case passed."""
     parser = argparse.ArgumentParser(prog="conformance", description=__doc__)
     parser.add_argument("--language", action="append", metavar="NAME")
+    parser.add_argument(
+        "--client", type=Path, metavar="FOLDER", help="only this client, which may lie anywhere"
+    )
     parser.add_argument("--case", action="append", metavar="NAME")
     parser.add_argument("--show", action="store_true", help="print every line")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table there")
@@ -267,6 +271,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("tokenwire").addHandler(logging.NullHandler())
     chosen = [c for c in cases() if not arguments.case or c["name"] in arguments.case]
     wanted = [x for x in languages() if not arguments.language or x.name in arguments.language]
+    if arguments.client:
+        wanted = [Language(arguments.client.name, folder=ROOT / arguments.client)]
     if not chosen or not wanted:
         parser.error("no such case, or no such language")
     present: list[Language] = []

@@ -98,12 +98,14 @@ async def test_reflection_lists_the_services_and_describes_them(
 ) -> None:
     gateway = await start(upstream(simulator[1]))
     Asked = reflection_pb2.ServerReflectionRequest  # noqa: N806
-    listed, described, unknown = await reflect(
+    listed, described, method, unknown, no_method = await reflect(
         gateway,
         version,
         Asked(list_services=""),
         Asked(file_containing_symbol="tokenwire.v1.ChatService"),
+        Asked(file_containing_symbol="tokenwire.v1.ChatService.StreamChat"),
         Asked(file_containing_symbol="tokenwire.v1.Nobody"),
+        Asked(file_containing_symbol="tokenwire.v1.ChatService.Nothing"),
     )
     names = {service.name for service in listed.list_services_response.service}
     assert names >= OURS | {"grpc.health.v1.Health"}
@@ -112,7 +114,9 @@ async def test_reflection_lists_the_services_and_describes_them(
         for packed in described.file_descriptor_response.file_descriptor_proto
     ]
     assert "tokenwire/v1/chat_service.proto" in {file.name for file in files}
-    assert unknown.error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0]
+    assert method.file_descriptor_response == described.file_descriptor_response
+    for nothing in (unknown, no_method):
+        assert nothing.error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0]
 
 
 async def test_reflection_can_be_switched_off(start: Start, simulator: Simulated) -> None:
