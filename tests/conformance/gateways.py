@@ -29,6 +29,7 @@ from tokenwire_service.config import (
 )
 from tokenwire_service.secret import Digest
 from tokenwire_service.simulator import Simulator
+from tokenwire_service.upstream import dialects
 from tokenwire_service.upstream.openai import OpenAI
 
 _HEARTBEAT = 0.2  # seconds; the gateway's own is 15
@@ -217,9 +218,9 @@ async def serving(case: dict[str, Any]) -> AsyncIterator[Scene]:
         seen = Recorder()
         stack = await outer.enter_async_context(AsyncExitStack())
         if name == "broken":
-            before = server.DIALECTS["openai"]
-            server.DIALECTS["openai"] = _Defective
-            stack.callback(server.DIALECTS.__setitem__, "openai", before)
+            defective = {**dialects.loaded(), "openai": _Defective()}
+            stack.callback(setattr, dialects, "loaded", dialects.loaded)
+            dialects.loaded = lambda: defective
 
         async def start(config: Config) -> server.Running:
             return await stack.enter_async_context(
