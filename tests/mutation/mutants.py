@@ -56,8 +56,8 @@ MUTANTS = (
     ),
     Mutant(
         "a call counts as committed while its first write is under way",
-        "        self.committed = True\n        self._writable = False",
-        "        self._writable = False",
+        "        self.committed = True\n        await self._send(message)",
+        "        await self._send(message)\n        self.committed = True",
         (RELAY,),
     ),
     Mutant(
@@ -68,11 +68,11 @@ MUTANTS = (
     ),
     Mutant(
         "no other model is asked after the first delta",
-        "passing = _FALL_OVER | _UNSUITED if errors else _FALL_OVER\n"
-        "                if error.reason not in passing or (outbox is not None and outbox."
-        "committed)",
-        "passing = _FALL_OVER | {error_reason_pb2.ERROR_REASON_UPSTREAM_STREAM_INTERRUPTED}\n"
-        "                if error.reason not in passing",
+        "                if outbox is not None and outbox.committed:\n"
+        "                    raise\n"
+        "                if error.reason not in passing and not over_tier:",
+        "                passing |= {error_reason_pb2.ERROR_REASON_UPSTREAM_STREAM_INTERRUPTED}\n"
+        "                if error.reason not in passing and not over_tier:",
         (POLICY,),
     ),
     # --- the lease ---
@@ -211,11 +211,47 @@ MUTANTS = (
         '            ("key", key.id),\n            ("key", key.id, model),',
         (LIMITS, MACHINE),
     ),
+    Mutant(
+        "a quota of a day cools for an hour",
+        "                delay = COOLDOWN_CAP  # whose midnight",
+        "                delay = FIRST_COOLDOWN  # whose midnight",
+        (RING, MACHINE),
+    ),
+    Mutant(
+        "a model that no key is known to serve closes none",
+        "        if self.served_elsewhere(lease):\n            self._uneven",
+        "        if True:\n            self._uneven",
+        (RING, MACHINE),
+    ),
     # --- which key ---
     Mutant(
+        "keys known to serve a model go first where one lacks it",
+        "            unknown = uneven and model not in state.serves",
+        "            unknown = False",
+        (RING, MACHINE),
+    ),
+    Mutant(
+        "a request too large for a group is not offered to it again (simulated)",
+        "            plan.avoid |= {lease.key.quota_group}",
+        "            pass",
+        (WORLDS,),
+    ),
+    Mutant(
+        "a request too large for one account waits for no other",
+        "wait=not plan.over_tier,",
+        "wait=True,",
+        (POLICY,),
+    ),
+    Mutant(
+        "a key found to lack a model leads to one known to serve it, and only then",
+        "            fault.should_retry or plan.pool.ring.served_elsewhere(lease)",
+        "            True",
+        (POLICY,),
+    ),
+    Mutant(
         "the least busy key serves",
-        "rank = (state.in_flight / state.key.weight, max(state.served, self._virtual_time))",
-        "rank = (0.0, max(state.served, self._virtual_time))",
+        "                load = state.in_flight / state.key.weight",
+        "                load = 0.0",
         (RING, MACHINE),
     ),
     Mutant(
@@ -262,27 +298,26 @@ MUTANTS = (
     ),
     Mutant(
         "few requests left lower how many run at once",
-        "            ring.remaining(attempt.lease, attempt.progress.remaining_requests, "
-        "self._now())",
-        "            pass",
+        "attempt.lease, progress.remaining_requests, progress.remaining_tokens, self._now()",
+        "attempt.lease, None, progress.remaining_tokens, self._now()",
         (POLICY,),
     ),
     # --- the deadline ---
     Mutant(
         "a call ends at its deadline, whatever it does",
         "        timer = asyncio.timeout(seconds)\n        try:\n            async with timer:\n"
-        "                yield",
+        "                self._timers",
         "        timer = asyncio.timeout(None)\n        try:\n            async with timer:\n"
-        "                yield",
+        "                self._timers",
         (POLICY,),
         quick=True,
     ),
     Mutant(
         "a call ends at its deadline, whatever it does (simulated)",
         "        timer = asyncio.timeout(seconds)\n        try:\n            async with timer:\n"
-        "                yield",
+        "                self._timers",
         "        timer = asyncio.timeout(None)\n        try:\n            async with timer:\n"
-        "                yield",
+        "                self._timers",
         (WORLDS,),
     ),
     Mutant(
@@ -305,8 +340,8 @@ MUTANTS = (
     ),
     Mutant(
         "a caller that does not read is given up",
-        "timer = asyncio.timeout(None if self._write_timeout == math.inf else self._write_timeout)",
-        "timer = asyncio.timeout(None)",
+        "        timer = Within(self._write_timeout)",
+        "        timer = Within(math.inf)",
         (RELAY,),
     ),
     # --- retries ---
@@ -374,8 +409,8 @@ MUTANTS = (
     ),
     Mutant(
         "retry-after may be a date",
-        "            return date - now()",
-        "            return date",
+        "            wait = date - (sent if sent is not None else now())",
+        "            wait = date",
         (CLASSIFY,),
     ),
     # --- slots ---
@@ -405,17 +440,41 @@ MUTANTS = (
     ),
     Mutant(
         "a drain refuses what is new",
-        "        if not call.accepted:\n            self.refuse_if_draining()\n",
+        "        if self._closed or not call.accepted:\n            self.refuse_if_draining()\n",
         "",
         (WORLDS,),
     ),
     Mutant(
         "a drain refuses nothing that was accepted before",
-        "        if not call.accepted:\n            self.refuse_if_draining()\n",
+        "        if self._closed or not call.accepted:\n            self.refuse_if_draining()\n",
         "        self.refuse_if_draining()\n",
         ("tests/service/test_batch_chat.py", "tests/service/test_process.py", WORLDS),
     ),
+    Mutant(
+        "the end of a drain's grace ends the calls that run (simulated)",
+        "            timer.reschedule(asyncio.get_running_loop().time())",
+        "            pass",
+        (WORLDS,),
+    ),
+    Mutant(
+        "a batch does not go on when the grace of a drain is over",
+        "        if self._closed or not call.accepted:",
+        "        if not call.accepted:",
+        (POLICY, WORLDS),
+    ),
+    Mutant(
+        "after a connection that died in the pool comes a fresh one (simulated)",
+        "Progress(fresh=plan.seen[Fault.STALE_CONNECTION] > 0)",
+        "Progress()",
+        (WORLDS,),
+    ),
     # --- fallbacks ---
+    Mutant(
+        "what no key can serve leads to the next model also after a request was too large",
+        "        plan.last = fault  # what the caller hears",
+        "        # what the caller hears",
+        (POLICY,),
+    ),
     Mutant(
         "the error is about the model asked for",
         "                if index == 0:\n                    errors[0], told_at",
@@ -444,9 +503,8 @@ MUTANTS = (
     ),
     Mutant(
         "the last usage counts",
-        "        if (usage := _usage(chunk)) is not None:\n            self.usage = usage",
-        "        if (usage := _usage(chunk)) is not None and self.usage is None:\n"
-        "            self.usage = usage",
+        "            self.usage = usage\n\n    def _choice(",
+        "            self.usage = self.usage or usage\n\n    def _choice(",
         (DECODE,),
     ),
     Mutant(
@@ -457,8 +515,8 @@ MUTANTS = (
     ),
     Mutant(
         "comments are no progress",
-        "            if any(event.data.strip() for event in events):",
-        "            if chunk:",
+        '            if self._begun and any(e.data.strip() and e.type != "ping" for e in events):',
+        "            if self._begun:",
         (DEADLINE, BAD),
     ),
     Mutant(

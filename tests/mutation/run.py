@@ -88,7 +88,8 @@ def _first_failure(tests: tuple[str, ...], tree: Path) -> str:
     paths = [str(tree / "service"), str(tree / "clients/python/src"), str(tree / "tests")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-rfE", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-rfE"]
+    command += ["-p", "mutation.unshrunk", *tests]
     try:
         done = subprocess.run(
             command, cwd=tree, env=environment, capture_output=True, text=True, timeout=PATIENCE
