@@ -290,7 +290,14 @@ def i17_usage_is_the_last_one_told(history: History, call: CallRecord) -> Iterat
     if last is None or not delivered:
         return
     if last.usage is not None:
-        if call.usage is None or call.usage.total_tokens != last.usage.total_tokens:
+        estimated = call.usage is not None and call.usage.estimated
+        if call.outcome != OK and call.usage is not None and estimated:
+            # It was cut off: what came cost its estimate at least. Some may be held, unwritten.
+            told, tokens = last.usage.completion_tokens, call.usage.completion_tokens
+            least, most = (-(-len(text) // 4) for text in (call.text, last.text))
+            if not max(told, least) <= tokens <= max(told, most):
+                yield f"I17: {call.name} had {len(call.text)} bytes, it reports {call.usage}"
+        elif call.usage is None or call.usage.total_tokens != last.usage.total_tokens:
             yield f"I17: {call.name} reports {call.usage}, the upstream said {last.usage}"
     elif call.method not in _ORDERS:
         if call.usage is not None:
