@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from tokenwire.v1 import chat_pb2, chat_service_pb2
-from tokenwire_service.upstream.json_text import dumps
+from tokenwire_service.upstream.json_text import dumps, protocol
 
 StreamChatResponse = chat_service_pb2.StreamChatResponse
 
@@ -130,7 +130,9 @@ class Fold:
 
 def unfolded(response: chat_service_pb2.ChatResponse) -> list[StreamChatResponse]:
     """The events of a whole answer: its header, one delta for each choice that says anything, then
-    finishes and trailer."""
+    finishes and trailer. Raises a PROTOCOL fault where two choices would read as one text."""
+    if len({choice.index for choice in response.choices}) < len(response.choices):
+        raise protocol("two choices have the same index")
     choices = sorted(response.choices, key=lambda choice: choice.index)
     events = [StreamChatResponse(header=response.header)]
     deltas = map(_delta, choices)

@@ -182,6 +182,26 @@ async def test_an_upstream_silent_before_any_text_is_asked_once_more(
     assert {a.fault for a in gateway.events.attempts} == {"timeout"}
 
 
+async def test_the_first_text_has_its_time_from_the_request_on(start: Start) -> None:
+    """Not once more from the head of the answer, however late that came."""
+
+    async def late(asked: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(1.2)
+        response = await event_stream(asked)
+        await asyncio.sleep(1.2)
+        await response.write(chunk("late", finish_reason="stop") + b"data: [DONE]\n\n")
+        return response
+
+    async with provider(late) as served:
+        there = upstream(served.base_url, timeouts=UpstreamTimeouts(first_byte=2.0))
+        gateway = await start(there, retries=Retries(max_attempts=1))
+        received = await receive(gateway.chat.StreamChat(stream_request(request())))
+    assert received.failure is not None
+    assert received.failure.reason == "UPSTREAM_TIMEOUT"
+    assert received.failure.metadata["timer"] == "first_byte"
+    assert received.events == []
+
+
 async def test_an_upstream_silent_within_its_text_is_never_asked_again(
     start: Start, simulator: Simulated
 ) -> None:

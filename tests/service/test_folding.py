@@ -202,6 +202,22 @@ async def test_a_cumulative_stream_over_a_whole_answer_has_its_snapshots(start: 
     assert received.snapshots[-1].message.refusal == "I will not."
 
 
+async def test_two_choices_of_one_index_are_never_told_as_one_text(start: Start) -> None:
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        choices = [
+            {"index": 0, "message": {"content": text}, "finish_reason": "stop"}
+            for text in ("one", "two")
+        ]
+        return web.json_response({"id": "c1", "model": "m", "choices": choices})
+
+    async with provider(answer) as served:
+        gateway = await start(upstream(served.base_url, streaming="never"), retries=QUICK)
+        received = await receive(gateway.chat.StreamChat(stream_request(request())))
+    assert received.failure is not None
+    assert received.failure.reason == "UPSTREAM_PROTOCOL_ERROR"
+    assert received.events == []
+
+
 async def test_the_models_setting_wins_over_the_upstreams(start: Start) -> None:
     async with provider(streaming(chunk("hi"), piece({}, finish_reason="stop"), DONE)) as served:
         gateway = await start(

@@ -1088,6 +1088,14 @@ def test_a_choice_that_never_began_has_not_ended() -> None:
     assert [e.WhichOneof("event") for e in whole.finish(None)] == ["finish", "trailer"]
 
 
+def test_two_choices_of_one_index_are_never_mixed() -> None:
+    """As one stream they would read as one text, where several were asked for."""
+    both = chunk(choice({"content": "one"}, "stop"), choice({"content": "two"}, "stop"))
+    decoder, [event] = OpenAIStream(choices=2), sse.Decoder(NO_LIMIT).feed(both)
+    assert fault_of(lambda: decoder.feed(event)).fault is Fault.PROTOCOL
+    assert read(both + DONE)["content"] == {0: "onetwo"}  # two pieces of the one
+
+
 def test_choices_keep_the_index_they_have() -> None:
     made = answer({"content": "a"})
     made["choices"] = [{"index": 1, "message": {"content": "b"}}, {"message": {"content": "c"}}]

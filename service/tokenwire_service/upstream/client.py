@@ -99,12 +99,13 @@ class UpstreamClient:
     ) -> AsyncIterator[Answer]:
         """A stream, closed on leaving: an unfinished one closes its connection, so the upstream
         stops generating."""
+        text_until = self._now() + self.upstream.timeouts.first_byte
         async with self._request(encoded, lease, progress) as response:
             answer = Answer(
                 response,
                 encoded.dialect.stream_decoder(encoded),
                 self._limits,
-                self.upstream.timeouts.first_byte,
+                text_until,
                 self.upstream.timeouts.idle,
                 self._now,
             )
@@ -299,7 +300,7 @@ class Answer:
         response: aiohttp.ClientResponse,
         decoder: StreamDecoder,
         limits: Limits,
-        first_byte: float,
+        text_until: float,
         idle: float,
         now: Callable[[], float],
     ) -> None:
@@ -310,7 +311,7 @@ class Answer:
         self._size = 0  # of what came since the last delta: a stream as such has no bound
         self._now = now
         self._idle = idle
-        self._silent_at = now() + first_byte  # when silence becomes a fault
+        self._silent_at = text_until  # when silence becomes a fault
         self._begun = False  # a first piece of text has come: a role alone may come for ever
         self._fault: UpstreamFault | None = None  # met behind events that were still good
 

@@ -180,10 +180,15 @@ class OpenAIStream:
         self._chunks += 1
         self._note(chunk)
         out: list[StreamChatResponse] = []
+        met: set[int] = set()
         for position, raw in enumerate(choices):
             if not isinstance(raw, dict):
                 raise protocol("a choice is not an object")
-            self._choice(raw, _index(raw, position), out)
+            index = _index(raw, position)
+            if index in met and self._asked > 1:
+                raise protocol("two choices have the same index")
+            met.add(index)
+            self._choice(raw, index, out)
         return out
 
     def finish(self, error_field: bytes | None) -> list[StreamChatResponse]:
