@@ -53,8 +53,9 @@ public final class TokenwireClient implements AutoCloseable {
   private final Set<Call<?, ?>> live = ConcurrentHashMap.newKeySet();
 
   private TokenwireClient(Builder builder) {
+    Supplier<String> token = builder.bearer(); // may refuse: before there is something to close
     connection = Endpoint.open(builder.address(), builder.credentials, builder.customizer);
-    channel = ClientInterceptors.intercept(connection, Endpoint.bearer(builder.bearer()));
+    channel = ClientInterceptors.intercept(connection, Endpoint.bearer(token));
     timeout = builder.timeout;
     json = builder.json;
   }
