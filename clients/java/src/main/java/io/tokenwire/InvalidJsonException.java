@@ -4,6 +4,7 @@ package io.tokenwire;
 public final class InvalidJsonException extends IllegalArgumentException {
   private static final long serialVersionUID = 1;
 
+  /** What the model wrote. */
   private final String text;
 
   InvalidJsonException(String message, String text, Throwable cause) {

@@ -39,10 +39,19 @@ public final class TokenwireException extends RuntimeException {
     }
   }
 
+  /** What the server said. */
   private final com.google.rpc.Status proto;
+
+  /** The reason this client gives; "" for the server's. */
   private final String ownReason;
+
+  /** Time to wait that the trailers told; null for none. */
   private final Long pushbackMillis;
+
+  /** The request id, unless the server tells another. */
   private final String ownRequestId;
+
+  /** What had arrived of a stream; else null. */
   private final ChatResponse partial;
 
   private TokenwireException(
