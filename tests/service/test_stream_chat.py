@@ -104,7 +104,7 @@ async def test_each_token_brings_its_log_probability(start: Start, simulator: Si
     whole = await gateway.chat.Chat(chat)
     received = await receive(gateway.chat.StreamChat(stream_request(chat)))
     tokens = [token for delta in received.deltas for token in delta.logprobs]
-    assert b"".join(token.token_bytes for token in tokens).decode() == received.text
+    assert b"".join(token.raw_bytes for token in tokens).decode() == received.text
     assert tokens == list(whole.choices[0].logprobs)
     assert all(token.logprob <= 0 and len(token.top) == 2 for token in tokens)
 

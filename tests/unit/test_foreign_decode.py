@@ -486,7 +486,7 @@ def test_dashscope_whole_and_as_text() -> None:
     (choice,) = response.choices
     assert (choice.message.content, choice.message.reasoning) == ("a", "r")
     assert json.loads(choice.message.extra_json) == {"novelty": 1}
-    assert choice.logprobs[0].token_bytes == b"a"
+    assert choice.logprobs[0].raw_bytes == b"a"
     assert json.loads(response.header.extra_json) == {"search_info": {"x": 1}}
     text = {"output": {"text": "b", "finish_reason": "stop"}, "usage": {"input_tokens": 1}}
     assert whole(DASHSCOPE, text).choices[0].message.content == "b"

@@ -739,7 +739,7 @@ def test_log_probabilities_are_read_with_their_alternatives() -> None:
         "nothing",
     ]
     got = read(chunk(choice({"content": "a"}, logprobs={"content": tokens})) + END)["logprobs"]
-    assert [(t.token, t.logprob, t.token_bytes) for t in got] == [
+    assert [(t.token, t.logprob, t.raw_bytes) for t in got] == [
         ("a", -0.5, b"a"),
         ("?", -9999.0, b""),
         ("x", 0.0, b""),

@@ -539,7 +539,7 @@ def _logprob(raw: dict[str, Any]) -> chat_pb2.TokenLogprob:
     return chat_pb2.TokenLogprob(
         token=clean(string(raw.get("token"))),
         logprob=real(value),
-        token_bytes=bytes(octets) if valid and octets else b"",
+        raw_bytes=bytes(octets) if valid and octets else b"",
     )
 
 

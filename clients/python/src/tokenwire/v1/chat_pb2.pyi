@@ -926,13 +926,13 @@ class TokenLogprob(_message.Message):
 
     TOKEN_FIELD_NUMBER: _builtins.int
     LOGPROB_FIELD_NUMBER: _builtins.int
-    TOKEN_BYTES_FIELD_NUMBER: _builtins.int
+    RAW_BYTES_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
     token: _builtins.str
-    """Token text; U+FFFD where `token_bytes` is not valid UTF-8."""
+    """Token text; U+FFFD where `raw_bytes` is not valid UTF-8."""
     logprob: _builtins.float
     """Natural log of the probability."""
-    token_bytes: _builtins.bytes
+    raw_bytes: _builtins.bytes
     """Raw bytes of the token."""
     @_builtins.property
     def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
@@ -943,12 +943,12 @@ class TokenLogprob(_message.Message):
         *,
         token: _builtins.str = ...,
         logprob: _builtins.float = ...,
-        token_bytes: _builtins.bytes = ...,
+        raw_bytes: _builtins.bytes = ...,
         top: _abc.Iterable[Global___TokenLogprob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "token", b"token", "token_bytes", b"token_bytes", "top", b"top"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "raw_bytes", b"raw_bytes", "token", b"token", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,70 @@
+package io.tokenwire;
+
+import io.grpc.Metadata;
+import io.grpc.Status;
+import java.lang.ref.Cleaner;
+import java.util.concurrent.LinkedBlockingQueue;
+import java.util.function.Supplier;
+
+/** The messages of one call, for a thread that waits for each. */
+final class Inbox<R> implements Call.Sink<R> {
+  /** Messages that may wait here: enough to keep the wire busy, few enough to slow it down. */
+  private static final int AHEAD = 8;
+
+  /** Ends the calls of streams that somebody dropped without closing them. */
+  private static final Cleaner CLEANER = Cleaner.create();
+
+  private record End(Status status, Metadata trailers) {}
+
+  private final Call<?, R> call;
+  private final LinkedBlockingQueue<Object> arrived = new LinkedBlockingQueue<>();
+  private End end;
+
+  private Inbox(Call<?, R> call) {
+    this.call = call;
+  }
+
+  /** Starts the call; it ends with its `owner` at the latest. */
+  static <R> Inbox<R> open(Call<?, R> call, Object owner) {
+    Inbox<R> inbox = new Inbox<>(call);
+    call.start(inbox, AHEAD);
+    CLEANER.register(owner, () -> call.cancel("the stream was dropped"));
+    return inbox;
+  }
+
+  @Override
+  public void message(R message) {
+    arrived.add(message);
+  }
+
+  @Override
+  public void end(Status status, Metadata trailers) {
+    arrived.add(new End(status, trailers));
+  }
+
+  /** The next message, waited for; null once the server has said OK. */
+  @SuppressWarnings("unchecked") // all but End came by message()
+  R take(Supplier<Reply> partial) {
+    if (end == null) {
+      Object next;
+      try {
+        next = arrived.take();
+      } catch (InterruptedException e) {
+        throw call.interrupted(partial.get());
+      }
+      if (!(next instanceof End last)) {
+        call.more();
+        return (R) next;
+      }
+      end = last;
+    }
+    if (!end.status.isOk()) {
+      throw call.failed(end.status, end.trailers, partial.get());
+    }
+    return null;
+  }
+
+  void cancel() {
+    call.cancel("the caller left the stream");
+  }
+}

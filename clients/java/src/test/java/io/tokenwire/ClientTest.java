@@ -1,0 +1,691 @@
+package io.tokenwire;
+
+import static org.junit.jupiter.api.Assertions.assertEquals;
+import static org.junit.jupiter.api.Assertions.assertFalse;
+import static org.junit.jupiter.api.Assertions.assertInstanceOf;
+import static org.junit.jupiter.api.Assertions.assertNotEquals;
+import static org.junit.jupiter.api.Assertions.assertNull;
+import static org.junit.jupiter.api.Assertions.assertThrows;
+import static org.junit.jupiter.api.Assertions.assertTrue;
+
+import io.grpc.Context;
+import io.grpc.Status;
+import io.tokenwire.testing.Delta;
+import io.tokenwire.testing.Failure;
+import io.tokenwire.testing.FakeGateway;
+import io.tokenwire.testing.ReceivedCall;
+import io.tokenwire.v1.ChatServiceGrpc;
+import io.tokenwire.v1.StreamChatResponse;
+import java.time.Duration;
+import java.util.ArrayList;
+import java.util.List;
+import java.util.Map;
+import java.util.concurrent.CompletableFuture;
+import java.util.concurrent.CompletionException;
+import java.util.concurrent.CountDownLatch;
+import java.util.concurrent.Executors;
+import java.util.concurrent.Flow;
+import java.util.concurrent.LinkedBlockingQueue;
+import java.util.concurrent.TimeUnit;
+import java.util.concurrent.atomic.AtomicInteger;
+import java.util.concurrent.atomic.AtomicReference;
+import java.util.stream.StreamSupport;
+import org.junit.jupiter.api.AfterEach;
+import org.junit.jupiter.api.Test;
+
+/** The client against a gateway on a real socket. */
+class ClientTest {
+  private static final Duration SOON = Duration.ofSeconds(20);
+  private static final ChatParams HI = ChatParams.builder().model("any").user("Hi").build();
+
+  private final FakeGateway gateway = new FakeGateway("", List.of("a", "b"));
+  private final TokenwireClient client = gateway.client();
+
+  @AfterEach
+  void close() {
+    client.close();
+    gateway.close();
+  }
+
+  private ReceivedCall onlyCall() {
+    assertEquals(1, gateway.calls().size());
+    return gateway.calls().get(0);
+  }
+
+  // --- one answer
+
+  @Test
+  void anAnswer() {
+    gateway.reply("Hello", " world");
+    Reply reply = client.chat(HI);
+    assertEquals("Hello world", reply.text());
+    assertEquals(FinishReason.STOP, reply.finishReason());
+    assertEquals("any", reply.header().model());
+    assertEquals(3, reply.usage().totalTokens());
+    assertEquals(reply.requestId(), onlyCall().metadata().get("x-request-id"));
+    assertEquals(32, reply.requestId().length());
+  }
+
+  @Test
+  void aCallGetsItsOwnIdAndMetadata() {
+    gateway.reply("x");
+    RequestOptions options =
+        RequestOptions.builder().requestId("mine").metadata("TraceParent", "00-1").build();
+    assertEquals("mine", client.chat(HI, options).requestId());
+    assertEquals("mine", onlyCall().metadata().get("x-request-id"));
+    assertEquals("00-1", onlyCall().metadata().get("traceparent"));
+  }
+
+  @Test
+  void unaryCallsHaveADeadlineAndStreamsHaveNone() {
+    gateway.reply("x").reply("x").reply("x").reply("x").reply("x");
+    client.chat(HI);
+    client.chat(HI, RequestOptions.builder().noTimeout().build());
+    client.chat(HI, RequestOptions.builder().timeout(Duration.ofSeconds(5)).build());
+    try (ChatStream stream = client.stream(HI)) {
+      stream.reply();
+    }
+    client.batchOrdered(b -> b.item("", HI));
+    List<String> timeouts =
+        gateway.calls().stream().map(c -> c.metadata().get("grpc-timeout")).toList();
+    assertTrue(seconds(timeouts.get(0)) > 500, timeouts::toString);
+    assertNull(timeouts.get(1));
+    assertTrue(seconds(timeouts.get(2)) <= 5, timeouts::toString);
+    assertNull(timeouts.get(3));
+    assertNull(timeouts.get(4));
+  }
+
+  @Test
+  void aDeadlineOfTheSurroundingsIsKept() throws Exception {
+    gateway.reply("x");
+    var timer = Executors.newSingleThreadScheduledExecutor();
+    try {
+      Context.current().withDeadlineAfter(30, TimeUnit.SECONDS, timer).call(() -> client.chat(HI));
+    } finally {
+      timer.shutdownNow();
+    }
+    assertTrue(seconds(onlyCall().metadata().get("grpc-timeout")) <= 30);
+  }
+
+  private static double seconds(String timeout) {
+    double number = Double.parseDouble(timeout.substring(0, timeout.length() - 1));
+    return number
+        * switch (timeout.charAt(timeout.length() - 1)) {
+          case 'H' -> 3600;
+          case 'M' -> 60;
+          case 'S' -> 1;
+          case 'm' -> 1e-3;
+          case 'u' -> 1e-6;
+          default -> 1e-9;
+        };
+  }
+
+  @Test
+  void aDeadlineEndsTheCallAtTheGateway() throws Exception {
+    gateway.hang();
+    TokenwireException e =
+        assertThrows(
+            TokenwireException.class,
+            () ->
+                client.chat(HI, RequestOptions.builder().timeout(Duration.ofMillis(300)).build()));
+    assertEquals(Status.Code.DEADLINE_EXCEEDED, e.code());
+    assertEquals("", e.reason());
+    assertFalse(e.isRetryable());
+    assertTrue(onlyCall().awaitCancelled(SOON));
+  }
+
+  @Test
+  void aFutureIsAnswered() throws Exception {
+    gateway.reply("a").fail("CONTENT_FILTERED").hang();
+    assertEquals("a", client.chatAsync(HI).get(20, TimeUnit.SECONDS).text());
+    CompletionException e =
+        assertThrows(CompletionException.class, () -> client.chatAsync(HI).join());
+    assertEquals("CONTENT_FILTERED", ((TokenwireException) e.getCause()).reason());
+    CompletableFuture<Reply> cancelled = client.chatAsync(HI);
+    awaitCalls(3);
+    cancelled.cancel(true);
+    assertTrue(gateway.calls().get(2).awaitCancelled(SOON));
+  }
+
+  private void awaitCalls(int count) throws InterruptedException {
+    for (int i = 0; i < 2000 && gateway.calls().size() < count; i++) {
+      Thread.sleep(10);
+    }
+    assertEquals(count, gateway.calls().size());
+  }
+
+  @Test
+  void anInterruptedThreadLeavesItsCall() throws Exception {
+    gateway.hang();
+    AtomicReference<Throwable> thrown = new AtomicReference<>();
+    AtomicReference<Boolean> flag = new AtomicReference<>();
+    Thread thread =
+        new Thread(
+            () -> {
+              try {
+                client.chat(HI);
+              } catch (TokenwireException e) {
+                thrown.set(e);
+                flag.set(Thread.currentThread().isInterrupted());
+              }
+            });
+    thread.start();
+    awaitCalls(1);
+    thread.interrupt();
+    thread.join(20_000);
+    assertEquals(
+        Status.Code.CANCELLED, assertInstanceOf(TokenwireException.class, thrown.get()).code());
+    assertTrue(flag.get());
+    assertTrue(onlyCall().awaitCancelled(SOON));
+  }
+
+  @Test
+  void closingTheClientEndsWhatRuns() throws Exception {
+    gateway.hang();
+    CompletableFuture<Reply> waiting = client.chatAsync(HI);
+    awaitCalls(1);
+    client.close();
+    CompletionException e = assertThrows(CompletionException.class, waiting::join);
+    assertEquals(Status.Code.CANCELLED, ((TokenwireException) e.getCause()).code());
+    assertTrue(onlyCall().awaitCancelled(SOON));
+  }
+
+  @Test
+  void aBigMessageGoesBothWays() {
+    String big = "x".repeat(10_000_000);
+    gateway.reply(big);
+    assertEquals(big, client.chat(c -> c.model("any").user(big)).text());
+  }
+
+  // --- streams
+
+  @Test
+  void aStreamGrowsIntoWhatChatReturns() {
+    Delta[] parts = {
+      Delta.reasoning("hm"),
+      Delta.text("He"),
+      Delta.text(1, "other"),
+      Delta.of(StreamChatResponse.getDefaultInstance()), // a heartbeat
+      Delta.text("llo"),
+      Delta.toolCall(0, "c0", "f", Map.of("n", 9007199254740993L))
+    };
+    gateway.reply(parts).reply(parts);
+    Reply whole = client.chat(HI);
+    try (ChatStream stream = client.stream(HI)) {
+      List<ChatEvent.Kind> kinds = new ArrayList<>();
+      StringBuilder text = new StringBuilder();
+      for (ChatEvent event : stream) {
+        kinds.add(event.kind());
+        text.append(event.choiceIndex() == 0 ? event.text() : "");
+      }
+      assertEquals("Hello", text.toString());
+      assertEquals("Hello", stream.text());
+      assertEquals("hm", stream.reasoning());
+      assertEquals("other", stream.choices().get(1).text());
+      assertEquals(9007199254740993L, stream.toolCalls().get(0).arguments().get("n"));
+      assertEquals(
+          List.of("HEADER", "DELTA", "DELTA", "DELTA", "DELTA", "DELTA", "FINISH", "FINISH"),
+          kinds.subList(0, 8).stream().map(Enum::name).toList());
+      assertEquals(ChatEvent.Kind.TRAILER, kinds.get(8));
+      assertTrue(stream.timeToFirstToken().isPresent());
+      assertTrue(stream.isComplete());
+      assertEquals(
+          whole.proto().toBuilder().clearHeader().build(),
+          stream.reply().proto().toBuilder().clearHeader().build());
+    }
+  }
+
+  @Test
+  void aCumulativeStreamSaysTheSame() {
+    gateway.reply("He", "llo");
+    RequestOptions options = RequestOptions.builder().cumulative(true).build();
+    try (ChatStream stream = client.stream(HI, options)) {
+      assertEquals(
+          List.of("", "He", "llo", "", ""),
+          StreamSupport.stream(stream.spliterator(), false).map(ChatEvent::text).toList());
+      assertEquals("Hello", stream.reply().text());
+    }
+  }
+
+  @Test
+  void onlyTheText() {
+    gateway.reply(Delta.text("a"), Delta.text(1, "not"), Delta.text(""), Delta.text("b"));
+    try (ChatStream stream = client.stream(HI)) {
+      List<String> texts = new ArrayList<>();
+      stream.texts().forEach(texts::add);
+      assertEquals(List.of("a", "b"), texts);
+    }
+  }
+
+  @Test
+  void anOkWithoutTheTrailerIsAnError() {
+    gateway.cut("Hel").cut("Hel");
+    try (ChatStream stream = client.stream(HI)) {
+      TokenwireException e = assertThrows(TokenwireException.class, stream::reply);
+      assertEquals(TokenwireException.STREAM_INCOMPLETE, e.reason());
+      assertEquals(Status.Code.INTERNAL, e.code());
+      assertEquals("Hel", e.partialText());
+      assertFalse(e.isRetryable());
+      assertEquals(e, assertThrows(TokenwireException.class, stream::reply));
+      assertEquals("Hel", stream.text());
+    }
+    CompletionException e =
+        assertThrows(
+            CompletionException.class, () -> client.streamAsync(HI).forEach(unused -> {}).join());
+    assertEquals("STREAM_INCOMPLETE", ((TokenwireException) e.getCause()).reason());
+  }
+
+  @Test
+  void anInterruptedStreamTellsWhatHadArrived() {
+    gateway.fail(Failure.of("UPSTREAM_STREAM_INTERRUPTED").metadata("attempts", "2"), "Hel", "lo");
+    try (ChatStream stream = client.stream(HI)) {
+      TokenwireException e = assertThrows(TokenwireException.class, stream::reply);
+      assertEquals("Hello", e.partialText());
+      assertEquals("any", e.partial().orElseThrow().header().model());
+      assertEquals(2, e.attempts());
+      assertTrue(e.isRetryable());
+    }
+    assertEquals(1, gateway.calls().size(), "what has begun is never repeated");
+  }
+
+  @Test
+  void leavingTryEndsTheCall() throws Exception {
+    gateway.hang("one", "two");
+    try (ChatStream stream = client.stream(HI)) {
+      for (ChatEvent event : stream) {
+        if (event.text().equals("one")) {
+          break;
+        }
+      }
+    }
+    assertTrue(onlyCall().awaitCancelled(SOON));
+  }
+
+  @Test
+  void anExceptionInTheLoopEndsTheCall() throws Exception {
+    gateway.hang("one");
+    assertThrows(
+        IllegalStateException.class,
+        () -> {
+          try (ChatStream stream = client.stream(HI)) {
+            for (ChatEvent event : stream) {
+              throw new IllegalStateException("mine " + event);
+            }
+          }
+        });
+    assertTrue(onlyCall().awaitCancelled(SOON));
+  }
+
+  @Test
+  void closingFromAnotherThreadWakesTheReader() throws Exception {
+    gateway.hang("one");
+    CountDownLatch begun = new CountDownLatch(1);
+    try (ChatStream stream = client.stream(HI)) {
+      Runnable leave = stream::close;
+      Thread closer =
+          new Thread(
+              () -> {
+                try {
+                  begun.await();
+                } catch (InterruptedException e) {
+                  return;
+                }
+                leave.run();
+              });
+      closer.start();
+      TokenwireException e =
+          assertThrows(TokenwireException.class, () -> stream.forEach(unused -> begun.countDown()));
+      assertEquals(Status.Code.CANCELLED, e.code());
+      assertEquals("one", e.partialText());
+      closer.join();
+    }
+    assertTrue(onlyCall().awaitCancelled(SOON));
+  }
+
+  @Test
+  void anInterruptedReaderLeavesItsStream() throws Exception {
+    gateway.hang("one");
+    try (ChatStream stream = client.stream(HI)) {
+      Thread reader = Thread.currentThread();
+      TokenwireException e =
+          assertThrows(
+              TokenwireException.class,
+              () -> {
+                for (ChatEvent event : stream) {
+                  if (event.text().equals("one")) {
+                    reader.interrupt();
+                  }
+                }
+              });
+      assertEquals(Status.Code.CANCELLED, e.code());
+      assertTrue(Thread.interrupted());
+    }
+    assertTrue(onlyCall().awaitCancelled(SOON));
+  }
+
+  @Test
+  void aStreamThatWasDroppedEndsWithTheGarbage() throws Exception {
+    gateway.hang("one");
+    assertEquals("one", firstText());
+    boolean left = false;
+    for (int i = 0; i < 100 && !left; i++) {
+      System.gc();
+      left = onlyCall().awaitCancelled(Duration.ofMillis(100));
+    }
+    assertTrue(left);
+  }
+
+  @SuppressWarnings("resource") // on purpose
+  private String firstText() {
+    return client.stream(HI).texts().iterator().next();
+  }
+
+  // --- publishers
+
+  /** Asks for as many events as it is told to. */
+  private static final class Reader implements Flow.Subscriber<ChatEvent> {
+    private final LinkedBlockingQueue<Object> seen = new LinkedBlockingQueue<>();
+    private Flow.Subscription subscription;
+
+    @Override
+    public void onSubscribe(Flow.Subscription given) {
+      subscription = given;
+    }
+
+    @Override
+    public void onNext(ChatEvent event) {
+      seen.add(event.kind());
+    }
+
+    @Override
+    public void onError(Throwable error) {
+      seen.add(error);
+    }
+
+    @Override
+    public void onComplete() {
+      seen.add("complete");
+    }
+
+    Object next() throws InterruptedException {
+      return seen.poll(20, TimeUnit.SECONDS);
+    }
+  }
+
+  @Test
+  void aPublisherGivesWhatWasAskedForAndNoMore() throws Exception {
+    gateway.reply("one", "two");
+    Reader reader = new Reader();
+    client.streamAsync(HI).subscribe(reader);
+    reader.subscription.request(2);
+    assertEquals(ChatEvent.Kind.HEADER, reader.next());
+    assertEquals(ChatEvent.Kind.DELTA, reader.next());
+    assertNull(reader.seen.poll(300, TimeUnit.MILLISECONDS));
+    reader.subscription.request(Long.MAX_VALUE);
+    reader.subscription.request(Long.MAX_VALUE);
+    assertEquals(ChatEvent.Kind.DELTA, reader.next());
+    assertEquals(ChatEvent.Kind.FINISH, reader.next());
+    assertEquals(ChatEvent.Kind.TRAILER, reader.next());
+    assertEquals("complete", reader.next());
+  }
+
+  @Test
+  void aCancelledSubscriptionEndsTheCall() throws Exception {
+    gateway.hang("one");
+    Reader reader = new Reader();
+    client.streamAsync(HI).subscribe(reader);
+    reader.subscription.request(2);
+    reader.next();
+    reader.next();
+    reader.subscription.cancel();
+    assertTrue(onlyCall().awaitCancelled(SOON));
+    assertNull(reader.seen.poll(200, TimeUnit.MILLISECONDS), "nothing follows a cancellation");
+  }
+
+  @Test
+  void aSubscriberThatAsksForNothingIsTold() throws Exception {
+    gateway.hang("one");
+    Reader reader = new Reader();
+    client.streamAsync(HI).subscribe(reader);
+    reader.subscription.request(0);
+    assertInstanceOf(IllegalArgumentException.class, reader.next());
+  }
+
+  @Test
+  void aConsumersExceptionEndsTheCall() throws Exception {
+    gateway.hang("one");
+    CompletableFuture<Reply> whole =
+        client
+            .streamAsync(HI)
+            .forEach(
+                event -> {
+                  throw new IllegalStateException("mine");
+                });
+    CompletionException e = assertThrows(CompletionException.class, whole::join);
+    assertInstanceOf(IllegalStateException.class, e.getCause());
+    assertTrue(onlyCall().awaitCancelled(SOON));
+  }
+
+  @Test
+  void aPublisherTellsWhatHadArrived() {
+    gateway.fail(Failure.of("UPSTREAM_STREAM_INTERRUPTED"), "Hel");
+    CompletionException e =
+        assertThrows(
+            CompletionException.class, () -> client.streamAsync(HI).forEach(event -> {}).join());
+    assertEquals("Hel", ((TokenwireException) e.getCause()).partialText());
+  }
+
+  // --- retries
+
+  @Test
+  void unavailableIsRetriedBeforeAnAnswerBegins() {
+    gateway.fail(Failure.of(Status.Code.UNAVAILABLE)).fail("GATEWAY_DRAINING").reply("third");
+    assertEquals("third", client.chat(HI).text());
+    assertEquals(3, gateway.calls().size());
+    assertEquals(
+        1, gateway.calls().stream().map(c -> c.metadata().get("x-request-id")).distinct().count());
+  }
+
+  @Test
+  void streamsAreRetriedToo() {
+    gateway.fail("GATEWAY_OVERLOADED").reply("second");
+    try (ChatStream stream = client.stream(HI)) {
+      assertEquals("second", stream.reply().text());
+    }
+  }
+
+  @Test
+  void threeAttemptsAreEnough() {
+    gateway.fail("GATEWAY_DRAINING").fail("GATEWAY_DRAINING").fail("GATEWAY_DRAINING").reply("x");
+    TokenwireException e = assertThrows(TokenwireException.class, () -> client.chat(HI));
+    assertEquals("GATEWAY_DRAINING", e.reason());
+    assertEquals(3, gateway.calls().size());
+  }
+
+  @Test
+  void pushbackIsObeyed() {
+    gateway
+        .fail(Failure.of("GATEWAY_OVERLOADED").pushback(700))
+        .reply("second")
+        .fail("UPSTREAM_ERROR");
+    long started = System.nanoTime();
+    assertEquals("second", client.chat(HI).text());
+    assertTrue(System.nanoTime() - started >= 690_000_000L);
+    assertEquals(
+        "UPSTREAM_ERROR", assertThrows(TokenwireException.class, () -> client.chat(HI)).reason());
+    assertEquals(3, gateway.calls().size(), "-1 means no retry");
+  }
+
+  @Test
+  void otherCodesAreNotRetriedWhateverThePushback() {
+    gateway.fail(Failure.of("RATE_LIMITED").retryAfter(Duration.ofMillis(10))).reply("x");
+    TokenwireException e = assertThrows(TokenwireException.class, () -> client.chat(HI));
+    assertEquals("RATE_LIMITED", e.reason());
+    assertEquals(1, gateway.calls().size());
+  }
+
+  @Test
+  void refusalsDoNotUseUpTheRetries() {
+    for (int i = 0; i < 12; i++) { // the throttle has ten tokens
+      gateway.fail("INVALID_REQUEST");
+    }
+    gateway.fail("GATEWAY_DRAINING").reply("again");
+    for (int i = 0; i < 12; i++) {
+      assertThrows(TokenwireException.class, () -> client.chat(HI));
+    }
+    assertEquals("again", client.chat(HI).text());
+  }
+
+  @Test
+  void nothingListening() {
+    gateway.close();
+    TokenwireException e =
+        assertThrows(
+            TokenwireException.class,
+            () -> client.chat(HI, RequestOptions.builder().timeout(SOON).build()));
+    assertEquals(Status.Code.UNAVAILABLE, e.code());
+    assertEquals("", e.reason());
+    assertTrue(e.isRetryable());
+    assertTrue(e.getMessage().contains("refused"), e.getMessage());
+  }
+
+  // --- batches
+
+  @Test
+  void aBatchIsReadAsItIsReady() {
+    gateway.reply("zero").fail("CONTENT_FILTERED").reply("two");
+    BatchParams items =
+        BatchParams.builder()
+            .defaults(c -> c.model("any").temperature(0))
+            .prompt("0")
+            .prompt("1")
+            .item("last", c -> c.user("2").temperature(1))
+            .build();
+    List<String> seen = new ArrayList<>();
+    try (BatchStream results = client.batch(items)) {
+      for (BatchResult result : results) {
+        seen.add(result.index() + result.customId() + result.reply().map(Reply::text).orElse("!"));
+      }
+    }
+    assertEquals(List.of("2lasttwo", "1!", "0zero"), seen);
+    assertEquals(1, items.proto().getItems(2).getChat().getParams().getTemperature());
+  }
+
+  @Test
+  void aBatchInOrder() {
+    gateway.reply("zero").fail("CONTENT_FILTERED").reply("two");
+    List<BatchResult> results =
+        client.batchOrdered(
+            b -> b.defaults(c -> c.model("any")).prompt("0").prompt("1").prompt("2"));
+    assertEquals("zero", results.get(0).get().text());
+    assertEquals(
+        "CONTENT_FILTERED", assertThrows(TokenwireException.class, results.get(1)::get).reason());
+    assertEquals("two", results.get(2).get().text());
+  }
+
+  @Test
+  void whatABatchLeftOpenFailsWithIt() {
+    gateway.hang().reply("one");
+    List<BatchResult> results =
+        client.batchOrdered(
+            BatchParams.builder().item("", HI).item("b", HI).build(),
+            RequestOptions.builder().timeout(Duration.ofMillis(800)).build());
+    assertEquals(Status.Code.DEADLINE_EXCEEDED, results.get(0).error().orElseThrow().code());
+    assertEquals("one", results.get(1).get().text());
+  }
+
+  @Test
+  void leavingABatchEndsIt() throws Exception {
+    gateway.hang().reply("one");
+    try (BatchStream results =
+        client.batch(BatchParams.builder().item("", HI).item("", HI).build())) {
+      assertEquals(1, results.iterator().next().index());
+    }
+    assertTrue(onlyCall().awaitCancelled(SOON));
+  }
+
+  // --- tokens, models
+
+  @Test
+  void tokensAreCounted() {
+    assertEquals(2, client.countTokens("any", "two words").totalTokens());
+    assertEquals(1, client.countTokens(HI).totalTokens());
+    List<Tokens> lists = client.tokenize("any", List.of("two words", ""));
+    assertEquals(List.of(0, 1), lists.get(0).ids());
+    assertEquals("words", new String(lists.get(0).pieces().get(1)));
+    assertEquals(List.of(), lists.get(1).ids());
+  }
+
+  @Test
+  void modelsComeFromEveryPage() {
+    List<String> names = new ArrayList<>();
+    for (int i = 0; i < 250; i++) {
+      names.add("m" + i);
+    }
+    try (FakeGateway large = new FakeGateway("", names);
+        TokenwireClient other = large.client()) {
+      assertEquals(names, other.models().stream().map(ModelInfo::name).toList());
+      assertEquals(3, large.calls().size());
+      assertEquals("m7", other.model("m7").name());
+      TokenwireException e = assertThrows(TokenwireException.class, () -> other.model("nobody"));
+      assertEquals("MODEL_NOT_FOUND", e.reason());
+    }
+  }
+
+  // --- tokens of callers
+
+  @Test
+  void aTokenIsAskedForOncePerCall() {
+    AtomicInteger asked = new AtomicInteger();
+    try (FakeGateway guarded = new FakeGateway("good", List.of());
+        TokenwireClient other =
+            TokenwireClient.builder(guarded.target())
+                .token(() -> asked.incrementAndGet() == 1 ? "good" : "stale")
+                .build()) {
+      guarded.fail("GATEWAY_DRAINING").reply("in");
+      assertEquals("in", other.chat(HI).text());
+      assertEquals(1, asked.get());
+      TokenwireException e = assertThrows(TokenwireException.class, () -> other.chat(HI));
+      assertEquals("CALLER_UNAUTHENTICATED", e.reason());
+      assertEquals(Status.Code.UNAUTHENTICATED, e.code());
+    }
+  }
+
+  @Test
+  void aSuppliersExceptionIsTheCallers() throws Exception {
+    try (TokenwireClient other =
+        TokenwireClient.builder(gateway.target())
+            .token(
+                () -> {
+                  throw new IllegalStateException("no token today");
+                })
+            .build()) {
+      assertThrows(IllegalStateException.class, () -> other.chat(HI));
+      assertThrows(IllegalStateException.class, () -> other.stream(HI));
+      CompletionException e =
+          assertThrows(CompletionException.class, () -> other.chatAsync(HI).join());
+      assertInstanceOf(IllegalStateException.class, e.getCause());
+      Reader reader = new Reader();
+      other.streamAsync(HI).subscribe(reader);
+      assertInstanceOf(IllegalStateException.class, reader.next());
+    }
+    assertEquals(0, gateway.calls().size());
+  }
+
+  @Test
+  void theContractsOwnStubsCarryTheToken() {
+    try (FakeGateway guarded = new FakeGateway("good", List.of());
+        TokenwireClient other = guarded.client()) {
+      guarded.reply("raw");
+      var stub = ChatServiceGrpc.newBlockingStub(other.channel());
+      assertEquals("raw", stub.chat(HI.proto()).getChoices(0).getMessage().getContent());
+    }
+  }
+
+  @Test
+  void aScriptThatIsUsedUpSaysSo() {
+    TokenwireException e = assertThrows(TokenwireException.class, () -> client.chat(HI));
+    assertTrue(e.getMessage().contains("no answer left"));
+    assertNotEquals("", e.requestId());
+  }
+}
