@@ -14,7 +14,7 @@ use tokenwire::{
 type Failure = Box<dyn StdError>;
 
 /// One case for each line of standard input.
-#[tokio::main(flavor = "current_thread")]
+#[tokio::main(flavor = "multi_thread", worker_threads = 1)]
 async fn main() -> Result<(), Failure> {
     for text in std::io::stdin().lock().lines() {
         let asked: Value = serde_json::from_str(&text?)?;
@@ -51,7 +51,8 @@ fn connected(connect: &Value) -> Result<Client, Failure> {
     if let Some(authorities) = connect["ca_file"].as_str() {
         let mut tls = Tls::authorities(std::fs::read(authorities)?);
         if let Some(certificate) = connect["cert_file"].as_str() {
-            tls = tls.identity(std::fs::read(certificate)?, std::fs::read(text(&connect["key_file"]))?);
+            tls = tls
+                .identity(std::fs::read(certificate)?, std::fs::read(text(&connect["key_file"]))?);
         }
         builder = builder.tls(tls);
     }
@@ -115,7 +116,8 @@ async fn once(client: &Client, case: &Value) -> Result<Value, Failure> {
             let call = client.tokenize(strings(&asked["texts"])).model(text(&asked["model"]));
             let lists = with_call_options!(call, case).send().await?;
             let ids: Vec<_> = lists.iter().map(|list| &list.ids).collect();
-            let hex = |piece: &Vec<u8>| piece.iter().map(|b| format!("{b:02x}")).collect::<String>();
+            let hex =
+                |piece: &Vec<u8>| piece.iter().map(|b| format!("{b:02x}")).collect::<String>();
             let pieces: Vec<Vec<_>> =
                 lists.iter().map(|list| list.pieces.iter().map(hex).collect()).collect();
             Ok(json!({"ok": true, "ids": ids, "pieces": pieces}))

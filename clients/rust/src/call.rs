@@ -65,6 +65,8 @@ impl Method {
 /// What every call takes.
 #[derive(Default)]
 pub(crate) struct CallOptions {
+    /// `Some(None)`: no limit, where the client has one.
+    #[allow(clippy::option_option)]
     pub(crate) timeout: Option<Option<Duration>>,
     pub(crate) request_id: Option<String>,
     pub(crate) metadata: Vec<(String, Vec<u8>)>,
@@ -135,7 +137,8 @@ impl Call {
         for (key, value) in options.metadata {
             insert(&mut metadata, &key.to_ascii_lowercase(), &value)?;
         }
-        let printable = !request_id.is_empty() && request_id.bytes().all(|b| (0x20..0x7f).contains(&b));
+        let printable =
+            !request_id.is_empty() && request_id.bytes().all(|b| (0x20..0x7f).contains(&b));
         match AsciiMetadataValue::try_from(&request_id) {
             Ok(value) if printable => metadata.insert(REQUEST_ID_KEY, value),
             _ => {
@@ -200,9 +203,7 @@ impl Transport {
         }
         let mut made = 0;
         loop {
-            let attempt = async {
-                Ok(self.attempt(method, &metadata, end, request.clone()).await)
-            };
+            let attempt = async { Ok(self.attempt(method, &metadata, end, request.clone()).await) };
             let failed = match limits.over(attempt).await.map_err(ended)? {
                 Ok((streaming, first)) => {
                     self.throttle.succeeded();
@@ -214,8 +215,12 @@ impl Transport {
             let pause = failed.status().and_then(|status| self.throttle.pause(status, made));
             match pause {
                 Some(pause) if limits.allow(pause) => {
-                    let sleep = async { Ok(tokio::time::sleep(pause).await) };
-                    limits.over(sleep).await.map_err(ended)?;
+                    let sleep = tokio::time::sleep(pause);
+                    let paused = async {
+                        sleep.await;
+                        Ok(())
+                    };
+                    limits.over(paused).await.map_err(ended)?;
                 }
                 _ => return Err(failed.error(&request_id)),
             }
@@ -458,7 +463,13 @@ mod tests {
 
     #[test]
     fn metadata_of_the_clients_own_is_refused() {
-        for (key, value) in [("x-request-id", "a"), ("Authorization", "a"), ("grpc-timeout", "1S"), ("a b", "a"), ("a", "\n")] {
+        for (key, value) in [
+            ("x-request-id", "a"),
+            ("Authorization", "a"),
+            ("grpc-timeout", "1S"),
+            ("a b", "a"),
+            ("a", "\n"),
+        ] {
             let metadata = vec![(key.to_owned(), value.as_bytes().to_vec())];
             let options = CallOptions { metadata, ..CallOptions::default() };
             let error = Call::new(Method::StreamChat, options, None).err().expect(key);

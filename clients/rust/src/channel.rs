@@ -102,7 +102,8 @@ impl Token {
 
 fn bearer(token: &str) -> Result<MetadataValue<Ascii>, Error> {
     // Never the token itself: this text ends up in logs.
-    let refused = || Error::invalid("token", "holds a space, a line end or a character outside ASCII");
+    let refused =
+        || Error::invalid("token", "holds a space, a line end or a character outside ASCII");
     if !token.bytes().all(|byte| byte.is_ascii_graphic()) {
         return Err(refused());
     }
@@ -122,7 +123,8 @@ enum Target {
 impl Target {
     fn parse(text: &str) -> Result<Self, Error> {
         let refused = |why: String| Error::invalid("target", why);
-        let expected = || refused(format!("expected HOST:PORT such as {DEFAULT_TARGET:?}, got {text:?}"));
+        let expected =
+            || refused(format!("expected HOST:PORT such as {DEFAULT_TARGET:?}, got {text:?}"));
         if text.starts_with("unix:") {
             return Ok(Self::Unix(text.to_owned()));
         }
@@ -132,7 +134,11 @@ impl Target {
         }
         let authority: Authority = address.parse().map_err(|_| expected())?;
         let plain = authority.port_u16().is_some() && !authority.as_str().contains('@');
-        if plain && !authority.host().is_empty() { Ok(Self::Host(authority)) } else { Err(expected()) }
+        if plain && !authority.host().is_empty() {
+            Ok(Self::Host(authority))
+        } else {
+            Err(expected())
+        }
     }
 }
 
@@ -148,7 +154,11 @@ pub(crate) struct Gateway {
 enum Way {
     /// A channel of the caller's own.
     Given(Channel),
-    Found { settings: Settings, replicas: Arc<Mutex<Replicas>>, first: tokio::sync::Mutex<()> },
+    Found {
+        settings: Settings,
+        replicas: Arc<Mutex<Replicas>>,
+        first: tokio::sync::Mutex<()>,
+    },
 }
 
 #[derive(Clone)]
@@ -189,7 +199,8 @@ impl Gateway {
         let settings = Settings { target: Target::parse(target)?, tls, configure };
         // What is wrong with certificates is told now, not by the first call.
         settings.endpoint("127.0.0.1:1")?;
-        let way = Way::Found { settings, replicas: Arc::default(), first: tokio::sync::Mutex::default() };
+        let way =
+            Way::Found { settings, replicas: Arc::default(), first: tokio::sync::Mutex::default() };
         Ok(Self { name: target.to_owned(), way })
     }
 
@@ -310,7 +321,9 @@ impl Replicas {
             .clone()
             .find(|&at| free(&self.all[at]) && awake(&self.all[at]))
             // All rest: one of them may be back.
-            .or_else(|| turns.filter(|&at| free(&self.all[at])).min_by_key(|&at| self.all[at].rests_until))?;
+            .or_else(|| {
+                turns.filter(|&at| free(&self.all[at])).min_by_key(|&at| self.all[at].rests_until)
+            })?;
         self.turn = at + 1;
         let replica = &self.all[at];
         Some(Picked { channel: replica.channel.clone(), address: replica.address.clone() })
@@ -323,12 +336,12 @@ impl Replicas {
             if self.all.iter().any(|replica| replica.address == address) {
                 continue;
             }
-            let replica = match before.iter().position(|replica| replica.address == address) {
-                Some(at) => before.swap_remove(at),
-                None => {
-                    let channel = settings.endpoint(&address)?.connect_lazy();
-                    Replica { address, channel, failures: 0, rests_until: None }
-                }
+            let known = before.iter().position(|replica| replica.address == address);
+            let replica = if let Some(at) = known {
+                before.swap_remove(at)
+            } else {
+                let channel = settings.endpoint(&address)?.connect_lazy();
+                Replica { address, channel, failures: 0, rests_until: None }
             };
             self.all.push(replica);
         }
@@ -346,8 +359,10 @@ impl Settings {
         };
         let host = authority.host().trim_start_matches('[').trim_end_matches(']');
         let port = authority.port_u16().unwrap_or_default();
-        let unresolved = |why: String| Error::new(Code::Unavailable, format!("cannot resolve {host:?}: {why}"));
-        let found = tokio::net::lookup_host((host, port)).await.map_err(|e| unresolved(e.to_string()))?;
+        let unresolved =
+            |why: String| Error::new(Code::Unavailable, format!("cannot resolve {host:?}: {why}"));
+        let found =
+            tokio::net::lookup_host((host, port)).await.map_err(|e| unresolved(e.to_string()))?;
         let addresses: Vec<_> = found.map(|address: SocketAddr| address.to_string()).collect();
         if addresses.is_empty() { Err(unresolved("no address".to_owned())) } else { Ok(addresses) }
     }
@@ -390,10 +405,24 @@ mod tests {
 
     #[test]
     fn targets() {
-        for good in ["localhost:50051", "dns:///gateway.internal:443", "[::1]:50051", "10.0.0.1:1", "unix:/run/t.sock"] {
+        for good in [
+            "localhost:50051",
+            "dns:///gateway.internal:443",
+            "[::1]:50051",
+            "10.0.0.1:1",
+            "unix:/run/t.sock",
+        ] {
             Target::parse(good).unwrap_or_else(|error| panic!("{good}: {error}"));
         }
-        for bad in ["", "localhost", "http://localhost:50051", "user@localhost:1", "localhost:no", ":1", "a b:1"] {
+        for bad in [
+            "",
+            "localhost",
+            "http://localhost:50051",
+            "user@localhost:1",
+            "localhost:no",
+            ":1",
+            "a b:1",
+        ] {
             let error = Target::parse(bad).expect_err(bad);
             assert_eq!(error.field_violations()[0].field, "target", "{bad}");
         }
@@ -405,7 +434,9 @@ mod tests {
             let error = Token::fixed(bad).err().expect(bad);
             assert!(!format!("{error} {error:?}").contains("cret"), "{error}");
         }
-        let Ok(Token::Fixed(value)) = Token::fixed("secret") else { panic!("a good token is refused") };
+        let Ok(Token::Fixed(value)) = Token::fixed("secret") else {
+            panic!("a good token is refused")
+        };
         assert!(!format!("{value:?}").contains("secret"));
     }
 
@@ -416,7 +447,8 @@ mod tests {
         let addresses = ["10.0.0.1:1", "10.0.0.2:1", "10.0.0.3:1"];
         locked(replicas).become_these(settings, addresses.map(str::to_owned).to_vec()).unwrap();
         let now = Instant::now();
-        let pick = |tried: &[Picked]| locked(replicas).pick(tried, now).map(|picked| picked.address);
+        let pick =
+            |tried: &[Picked]| locked(replicas).pick(tried, now).map(|picked| picked.address);
         let turns: Vec<_> = (0..4).filter_map(|_| pick(&[])).collect();
         assert_eq!(turns, [addresses[0], addresses[1], addresses[2], addresses[0]]);
         gateway.failed(addresses[1]);
@@ -434,8 +466,11 @@ mod tests {
         gateway.answered(&tried[0]);
         assert_eq!(pick(&[]).as_deref(), Some(addresses[1]));
         // DNS knows others now: what is known of one that stays is kept.
-        locked(replicas).become_these(settings, vec![addresses[0].to_owned(), "10.0.0.4:1".to_owned()]).unwrap();
-        let failures: Vec<_> = locked(replicas).all.iter().map(|replica| replica.failures).collect();
+        locked(replicas)
+            .become_these(settings, vec![addresses[0].to_owned(), "10.0.0.4:1".to_owned()])
+            .unwrap();
+        let failures: Vec<_> =
+            locked(replicas).all.iter().map(|replica| replica.failures).collect();
         assert_eq!(failures, [1, 0]);
     }
 }

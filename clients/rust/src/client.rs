@@ -260,14 +260,12 @@ macro_rules! call_options {
         /// The options of every call.
         impl $type {
             /// How long the call may take, its retries included; `None` for any time.
-            #[must_use]
             pub fn timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
                 self.options.timeout = Some(timeout.into());
                 self
             }
 
             /// `x-request-id`, to find the call in the gateway's log; made up when not given.
-            #[must_use]
             pub fn request_id(mut self, id: impl Into<String>) -> Self {
                 self.options.request_id = Some(id.into());
                 self
@@ -275,7 +273,6 @@ macro_rules! call_options {
 
             /// More gRPC metadata, such as `traceparent`; may be repeated. Keys that end with
             /// `-bin` take any bytes.
-            #[must_use]
             pub fn metadata(mut self, key: impl Into<String>, value: impl AsRef<[u8]>) -> Self {
                 self.options.metadata.push((key.into(), value.as_ref().to_vec()));
                 self
@@ -286,7 +283,6 @@ macro_rules! call_options {
             /// Dropping a call cancels it, too; this is for cancelling it from elsewhere while
             /// something waits for it: with the receiver of a oneshot channel, or the
             /// `cancelled_owned()` of tokio-util's `CancellationToken`.
-            #[must_use]
             pub fn cancel_when(
                 mut self,
                 cancelled: impl IntoFuture<Output: Sized, IntoFuture: Send + 'static>,
@@ -583,7 +579,7 @@ impl ModelCall {
     /// The model.
     ///
     /// # Errors
-    /// NOT_FOUND, and every other way the call can fail.
+    /// `NOT_FOUND`, and every other way the call can fail.
     pub async fn send(self) -> Result<v1::Model, Error> {
         let Self { client, name, options } = self;
         let call = client.call(Method::GetModel, options)?;

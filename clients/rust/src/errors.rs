@@ -92,7 +92,7 @@ impl Error {
         self.0.metadata.get("attempts").and_then(|text| text.parse().ok()).unwrap_or(0)
     }
 
-    /// The ErrorInfo metadata: `upstream`, `upstreamStatus`, `attempts`, `trail`, ...
+    /// The `ErrorInfo` metadata: `upstream`, `upstreamStatus`, `attempts`, `trail`, ...
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.0.metadata
     }
@@ -148,7 +148,7 @@ impl Error {
 
     pub(crate) fn incomplete(message: impl Into<String>) -> Self {
         let mut error = Self::new(Code::Internal, message);
-        error.0.reason = STREAM_INCOMPLETE.to_owned();
+        STREAM_INCOMPLETE.clone_into(&mut error.0.reason);
         error
     }
 
@@ -163,10 +163,9 @@ impl Error {
             _ => status.message().to_owned(),
         };
         let mut error = Self::from_proto(proto, request_id.to_owned());
-        if !error.0.metadata.contains_key("requestId") {
-            if let Some(echoed) = text(status.metadata(), REQUEST_ID_KEY) {
-                error.0.request_id = echoed.to_owned();
-            }
+        let echoed = text(status.metadata(), REQUEST_ID_KEY);
+        if let (Some(echoed), None) = (echoed, error.0.metadata.get("requestId")) {
+            echoed.clone_into(&mut error.0.request_id);
         }
         if error.0.retry_after.is_none() {
             error.0.retry_after = match pushback(status.metadata()) {
@@ -189,8 +188,7 @@ impl Error {
         let retry_after = detail::<pb::RetryInfo>(&proto, "google.rpc.RetryInfo")
             .and_then(|retry| retry.retry_delay)
             .map(|delay| Duration::try_from(delay).unwrap_or_default());
-        let refused =
-            detail::<pb::BadRequest>(&proto, "google.rpc.BadRequest").unwrap_or_default();
+        let refused = detail::<pb::BadRequest>(&proto, "google.rpc.BadRequest").unwrap_or_default();
         let field_violations = refused
             .field_violations
             .into_iter()
@@ -328,9 +326,11 @@ pub(crate) enum Pushback {
 pub(crate) fn pushback(metadata: &MetadataMap) -> Option<Pushback> {
     let value = metadata.get(PUSHBACK_KEY)?;
     let millis = value.to_str().ok().and_then(|text| text.parse::<u32>().ok());
-    Some(millis.map_or(Pushback::Never, |millis| {
-        Pushback::After(Duration::from_millis(millis.into()))
-    }))
+    Some(
+        millis.map_or(Pushback::Never, |millis| {
+            Pushback::After(Duration::from_millis(millis.into()))
+        }),
+    )
 }
 
 /// The code that gRPC has for how a call ended.
@@ -340,7 +340,9 @@ pub(crate) fn pushback(metadata: &MetadataMap) -> Option<Pushback> {
 pub(crate) fn code_of(status: &Status) -> Code {
     let mut cause = status.source();
     if cause.is_none() {
-        return status.code();
+        // tonic's word for a message beyond the limit; gRPC has another.
+        let is_large = status.message().starts_with("Error, decoded message length too large");
+        return if is_large { Code::ResourceExhausted } else { status.code() };
     }
     while let Some(error) = cause {
         if error.is::<tonic::TimeoutExpired>() {
@@ -371,7 +373,7 @@ fn code_of_reset(reason: h2::Reason) -> Code {
     }
 }
 
-/// The last cause is what people need to know: "connection refused", "UnknownIssuer".
+/// The last cause is what people need to know: "connection refused", for example.
 fn told(message: &str, source: &(dyn StdError + 'static)) -> String {
     let mut last = source;
     while let Some(next) = last.source() {

@@ -505,13 +505,11 @@ fn grow(call: &mut v1::ToolCall, part: &v1::ToolCallDelta) {
     if call.id.is_empty() {
         call.id.clone_from(&part.id);
     }
-    if part.custom {
-        if let Some(tool_call::Call::Function(call_so_far)) = &mut call.call {
-            call.call = Some(tool_call::Call::Custom(v1::CustomCall {
-                name: std::mem::take(&mut call_so_far.name),
-                input: std::mem::take(&mut call_so_far.arguments_json),
-            }));
-        }
+    if let (true, Some(tool_call::Call::Function(so_far))) = (part.custom, &mut call.call) {
+        call.call = Some(tool_call::Call::Custom(v1::CustomCall {
+            name: std::mem::take(&mut so_far.name),
+            input: std::mem::take(&mut so_far.arguments_json),
+        }));
     }
     let (name, text) = match &mut call.call {
         Some(tool_call::Call::Function(call)) => (&mut call.name, &mut call.arguments_json),
@@ -614,7 +612,11 @@ mod tests {
     #[test]
     fn unmodelled_fields_grow_like_text() {
         let mut answer = Accumulator::new();
-        for text in [r#"{"a":"x","l":[1],"o":{"k":"p"},"n":1}"#, "not JSON", r#"{"a":"y","l":[2],"o":{"k":"q"},"n":2}"#] {
+        for text in [
+            r#"{"a":"x","l":[1],"o":{"k":"p"},"n":1}"#,
+            "not JSON",
+            r#"{"a":"y","l":[2],"o":{"k":"q"},"n":2}"#,
+        ] {
             answer.add(delta(v1::Delta { extra_json: text.to_owned(), ..v1::Delta::default() }));
         }
         let message = answer.so_far("").message();
@@ -643,7 +645,10 @@ mod tests {
             let event = v1::StreamChatResponse { event: Some(Kind::Snapshot(snapshot)) };
             answer.add(event).unwrap().text().to_owned()
         };
-        assert_eq!([snap("po"), snap("pong"), snap("pong"), snap("ping")], ["po", "ng", "", "ping"]);
+        assert_eq!(
+            [snap("po"), snap("pong"), snap("pong"), snap("ping")],
+            ["po", "ng", "", "ping"]
+        );
     }
 
     #[test]

@@ -106,6 +106,7 @@ impl v1::Media {
 /// );
 /// ```
 #[derive(Clone, Debug)]
+#[must_use]
 pub struct Tool {
     proto: v1::Tool,
     error: Option<Error>,
@@ -125,7 +126,6 @@ impl Tool {
     }
 
     /// What it does, for the model.
-    #[must_use]
     pub fn description(mut self, text: impl Into<String>) -> Self {
         match &mut self.proto.tool {
             Some(tool::Tool::Function(function)) => function.description = text.into(),
@@ -137,7 +137,6 @@ impl Tool {
 
     /// JSON Schema of the parameters: anything serde writes as an object, or JSON text, which is
     /// sent unchanged.
-    #[must_use]
     pub fn parameters(mut self, schema: impl Serialize) -> Self {
         match (&mut self.proto.tool, json_object(&schema)) {
             (Some(tool::Tool::Function(function)), Ok(text)) => {
@@ -150,7 +149,6 @@ impl Tool {
     }
 
     /// Asks the upstream to enforce the schema.
-    #[must_use]
     pub fn strict(mut self, strict: bool) -> Self {
         match &mut self.proto.tool {
             Some(tool::Tool::Function(function)) => function.strict = Some(strict),
@@ -225,6 +223,7 @@ pub enum UnsupportedParameters {
 /// let haiku = Request::new("A haiku about rust.").custom_id("haiku").temperature(1.0);
 /// ```
 #[derive(Clone, Debug)]
+#[must_use]
 pub struct Request {
     pub(crate) chat: v1::ChatRequest,
     pub(crate) custom_id: String,
@@ -239,7 +238,6 @@ impl Request {
     }
 
     /// In a batch, the name of this item, unique there; repeated in its result.
-    #[must_use]
     pub fn custom_id(mut self, custom_id: impl Into<String>) -> Self {
         self.custom_id = custom_id.into();
         self
@@ -371,7 +369,6 @@ impl<const N: usize> From<[Message; N]> for Request {
 macro_rules! chat_options {
     (@param $name:ident: $type:ty, $doc:literal $(, $via:ident)?) => {
         #[doc = $doc]
-        #[must_use]
         pub fn $name(mut self, $name: $type) -> Self {
             self$(.$via)?.chat.params.get_or_insert_default().$name = Some($name);
             self
@@ -381,7 +378,6 @@ macro_rules! chat_options {
         /// The options of a chat. What is unset means the model's default.
         impl $type {
             /// Name or alias of the model.
-            #[must_use]
             pub fn model(mut self, model: impl Into<String>) -> Self {
                 self$(.$via)?.chat.model = model.into();
                 self
@@ -403,35 +399,30 @@ macro_rules! chat_options {
             crate::requests::chat_options!(@param parallel_tool_calls: bool, "Allow several calls in one turn."$(, $via)?);
 
             /// Where to stop: at most 16 strings. Never part of the returned text.
-            #[must_use]
             pub fn stop<S: Into<String>>(mut self, stop: impl IntoIterator<Item = S>) -> Self {
                 self$(.$via)?.set_stop(stop.into_iter().map(Into::into).collect());
                 self
             }
 
             /// Token id to bias. Range of the bias: -100 to 100.
-            #[must_use]
             pub fn logit_bias(mut self, bias: impl IntoIterator<Item = (i32, f64)>) -> Self {
                 self$(.$via)?.set_logit_bias(bias.into_iter().collect());
                 self
             }
 
             /// How much to reason: `none`, `minimal`, `low`, `medium`, `high`, ...
-            #[must_use]
             pub fn reasoning_effort(mut self, effort: impl Into<String>) -> Self {
                 self$(.$via)?.set_reasoning_effort(effort.into());
                 self
             }
 
             /// How much to say: `low`, `medium`, `high`, ...
-            #[must_use]
             pub fn verbosity(mut self, verbosity: impl Into<String>) -> Self {
                 self$(.$via)?.set_verbosity(verbosity.into());
                 self
             }
 
             /// Tools the model may call.
-            #[must_use]
             pub fn tools<T: Into<crate::Tool>>(
                 mut self,
                 tools: impl IntoIterator<Item = T>,
@@ -441,7 +432,6 @@ macro_rules! chat_options {
             }
 
             /// Which tools it may or must call.
-            #[must_use]
             pub fn tool_choice(mut self, choice: impl Into<crate::v1::ToolChoice>) -> Self {
                 self$(.$via)?.chat.tool_choice = Some(choice.into());
                 self
@@ -451,28 +441,24 @@ macro_rules! chat_options {
             ///
             /// `schema` is anything serde writes as an object, or JSON text, which is sent
             /// unchanged. Key order is kept.
-            #[must_use]
             pub fn json_schema(mut self, schema: impl serde::Serialize) -> Self {
                 self$(.$via)?.set_json_schema(&schema);
                 self
             }
 
             /// Asks for any JSON object; [`Reply::json`](crate::Reply::json) parses it.
-            #[must_use]
             pub fn json_object(mut self) -> Self {
                 self$(.$via)?.set_json_object();
                 self
             }
 
             /// Shape of the answer in the contract's own words.
-            #[must_use]
             pub fn response_format(mut self, format: crate::v1::ResponseFormat) -> Self {
                 self$(.$via)?.chat.response_format = Some(format);
                 self
             }
 
             /// How roles are written for the upstream; replaces the model's configured templates.
-            #[must_use]
             pub fn role_templates(
                 mut self,
                 templates: impl IntoIterator<Item = crate::v1::RoleTemplate>,
@@ -482,35 +468,30 @@ macro_rules! chat_options {
             }
 
             /// Stable pseudonymous end-user identifier.
-            #[must_use]
             pub fn end_user_id(mut self, id: impl Into<String>) -> Self {
                 self$(.$via)?.chat.end_user_id = id.into();
                 self
             }
 
             /// Cache bucket hint.
-            #[must_use]
             pub fn prompt_cache_key(mut self, key: impl Into<String>) -> Self {
                 self$(.$via)?.chat.prompt_cache_key = key.into();
                 self
             }
 
             /// `auto`, `default`, `flex`, `priority`, ...
-            #[must_use]
             pub fn service_tier(mut self, tier: impl Into<String>) -> Self {
                 self$(.$via)?.chat.service_tier = tier.into();
                 self
             }
 
             /// What to do with a parameter the upstream does not take.
-            #[must_use]
             pub fn unsupported_parameters(mut self, policy: crate::UnsupportedParameters) -> Self {
                 self$(.$via)?.set_policy(policy);
                 self
             }
 
             /// A label for accounting; may be repeated.
-            #[must_use]
             pub fn label(mut self, key: impl Into<String>, value: impl Into<String>) -> Self {
                 self$(.$via)?.chat.labels.insert(key.into(), value.into());
                 self
@@ -519,7 +500,6 @@ macro_rules! chat_options {
             /// Merged into the upstream's body last, for what is not modelled here.
             ///
             /// Anything serde writes as an object, or JSON text, which is sent unchanged.
-            #[must_use]
             pub fn extra_body(mut self, body: impl serde::Serialize) -> Self {
                 self$(.$via)?.set_extra_body(&body);
                 self
@@ -690,14 +670,34 @@ mod tests {
         use prost::Message as _;
         // A request with everything set: nothing of it may be lost on an item that sets nothing.
         let all = Request::new("Hi")
-            .model("m").temperature(1.0).top_p(1.0).top_k(1).min_p(1.0).max_completion_tokens(1)
-            .frequency_penalty(1.0).presence_penalty(1.0).repetition_penalty(1.0).seed(1)
-            .choice_count(1).logprobs(true).top_logprobs(1).enable_thinking(true)
-            .parallel_tool_calls(true).stop(["s"]).logit_bias([(1, 1.0)]).reasoning_effort("low")
-            .verbosity("low").tools([Tool::custom("t")]).tool_choice(ToolChoice::Auto)
-            .json_object().role_templates([v1::RoleTemplate::default()]).end_user_id("u")
-            .prompt_cache_key("k").service_tier("t")
-            .unsupported_parameters(UnsupportedParameters::Drop).label("l", "1")
+            .model("m")
+            .temperature(1.0)
+            .top_p(1.0)
+            .top_k(1)
+            .min_p(1.0)
+            .max_completion_tokens(1)
+            .frequency_penalty(1.0)
+            .presence_penalty(1.0)
+            .repetition_penalty(1.0)
+            .seed(1)
+            .choice_count(1)
+            .logprobs(true)
+            .top_logprobs(1)
+            .enable_thinking(true)
+            .parallel_tool_calls(true)
+            .stop(["s"])
+            .logit_bias([(1, 1.0)])
+            .reasoning_effort("low")
+            .verbosity("low")
+            .tools([Tool::custom("t")])
+            .tool_choice(ToolChoice::Auto)
+            .json_object()
+            .role_templates([v1::RoleTemplate::default()])
+            .end_user_id("u")
+            .prompt_cache_key("k")
+            .service_tier("t")
+            .unsupported_parameters(UnsupportedParameters::Drop)
+            .label("l", "1")
             .extra_body(json!({}));
         let item = Request::new("Hi").with_defaults(&all);
         assert_eq!(item.chat.encode_to_vec(), all.chat.encode_to_vec());

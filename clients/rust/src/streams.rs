@@ -317,7 +317,8 @@ impl Batch {
 
     fn lost(&self) -> Option<Error> {
         let (missing, all) = (self.missing().len(), self.custom_ids.len());
-        let message = format!("the batch ended with OK, but without the result of {missing} of {all} items");
+        let message =
+            format!("the batch ended with OK, but without the result of {missing} of {all} items");
         let error = Error::incomplete(message).with_request_id(&self.receiving.request_id);
         (missing > 0).then_some(error)
     }

@@ -43,6 +43,7 @@ use crate::client::{Builder, Client};
 use crate::errors::{PUSHBACK_KEY, REQUEST_ID_KEY, text};
 use crate::replies::Accumulator;
 use crate::requests::content_text;
+use crate::v1::batch_chat_response::Result as Ended;
 use crate::v1::chat_service_server::{ChatService, ChatServiceServer};
 use crate::v1::model_service_server::{ModelService, ModelServiceServer};
 use crate::v1::stream_chat_response::Event as Kind;
@@ -54,6 +55,7 @@ use crate::v1::{self, FinishReason};
 pub struct Part(Step);
 
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant)]
 enum Step {
     Event(v1::StreamChatResponse),
     Pause(Duration),
@@ -118,6 +120,7 @@ pub struct Failure {
     code: Option<Code>,
     after: Vec<Part>,
     retry_after: Option<Duration>,
+    #[allow(clippy::option_option)]
     pushback_ms: Option<Option<i64>>,
     field_violations: Vec<pb::bad_request::FieldViolation>,
     metadata: BTreeMap<String, String>,
@@ -192,7 +195,7 @@ impl Failure {
         self
     }
 
-    /// Metadata of the ErrorInfo, such as `attempts`; may be repeated.
+    /// Metadata of the `ErrorInfo`, such as `attempts`; may be repeated.
     #[must_use]
     pub fn metadata(mut self, key: impl Into<String>, value: impl Into<String>) -> Self {
         self.metadata.insert(key.into(), value.into());
@@ -202,11 +205,14 @@ impl Failure {
     fn proto(&self) -> pb::Status {
         let mut details = Vec::new();
         if !self.reason.is_empty() {
-            details.push(packed("ErrorInfo", &pb::ErrorInfo {
-                reason: self.reason.clone(),
-                domain: "tokenwire".to_owned(),
-                metadata: self.metadata.clone().into_iter().collect(),
-            }));
+            details.push(packed(
+                "ErrorInfo",
+                &pb::ErrorInfo {
+                    reason: self.reason.clone(),
+                    domain: "tokenwire".to_owned(),
+                    metadata: self.metadata.clone().into_iter().collect(),
+                },
+            ));
         }
         if let Some(delay) = self.retry_after {
             let retry_delay = prost_types::Duration::try_from(delay).ok();
@@ -232,8 +238,7 @@ impl Failure {
         if let Some(pushback) = pushback {
             metadata.insert(PUSHBACK_KEY, pushback.into());
         }
-        let details =
-            if proto.details.is_empty() { Vec::new() } else { proto.encode_to_vec() };
+        let details = if proto.details.is_empty() { Vec::new() } else { proto.encode_to_vec() };
         let code = Code::from_i32(proto.code);
         Status::with_details_and_metadata(code, proto.message, details.into(), metadata)
     }
@@ -250,25 +255,37 @@ fn packed(name: &str, detail: &impl Message) -> prost_types::Any {
     prost_types::Any { type_url, value: detail.encode_to_vec() }
 }
 
-/// The status code that goes with a reason, as error_reason.proto says.
+/// The status code that goes with a reason, as `error_reason.proto` says.
 fn code_of(reason: &str) -> Code {
     match reason {
-        "INVALID_REQUEST" | "CONTEXT_LENGTH_EXCEEDED" | "UNSUPPORTED_PARAMETER"
-        | "UNKNOWN_ROLE" | "CONTENT_FILTERED" => Code::InvalidArgument,
-        "REQUEST_TOO_LARGE" | "CALLER_QUOTA_EXCEEDED" | "RATE_LIMITED"
+        "INVALID_REQUEST"
+        | "CONTEXT_LENGTH_EXCEEDED"
+        | "UNSUPPORTED_PARAMETER"
+        | "UNKNOWN_ROLE"
+        | "CONTENT_FILTERED" => Code::InvalidArgument,
+        "REQUEST_TOO_LARGE"
+        | "CALLER_QUOTA_EXCEEDED"
+        | "RATE_LIMITED"
         | "UPSTREAM_QUOTA_EXHAUSTED" => Code::ResourceExhausted,
         "MODEL_NOT_FOUND" => Code::NotFound,
         "CALLER_UNAUTHENTICATED" => Code::Unauthenticated,
         "CALLER_FORBIDDEN" => Code::PermissionDenied,
-        "UPSTREAM_CREDENTIALS_REJECTED" | "UPSTREAM_ACCESS_DENIED"
-        | "TOKENIZER_UNAVAILABLE" => Code::FailedPrecondition,
+        "UPSTREAM_CREDENTIALS_REJECTED" | "UPSTREAM_ACCESS_DENIED" | "TOKENIZER_UNAVAILABLE" => {
+            Code::FailedPrecondition
+        }
         "DEADLINE_EXCEEDED" => Code::DeadlineExceeded,
         "CANCELLED" => Code::Cancelled,
         "CALLER_STALLED" => Code::Aborted,
         "INTERNAL" => Code::Internal,
-        "" | "UPSTREAM_UNREACHABLE" | "UPSTREAM_TIMEOUT" | "UPSTREAM_OVERLOADED"
-        | "UPSTREAM_ERROR" | "UPSTREAM_PROTOCOL_ERROR" | "UPSTREAM_STREAM_INTERRUPTED"
-        | "GATEWAY_OVERLOADED" | "GATEWAY_DRAINING" => Code::Unavailable,
+        ""
+        | "UPSTREAM_UNREACHABLE"
+        | "UPSTREAM_TIMEOUT"
+        | "UPSTREAM_OVERLOADED"
+        | "UPSTREAM_ERROR"
+        | "UPSTREAM_PROTOCOL_ERROR"
+        | "UPSTREAM_STREAM_INTERRUPTED"
+        | "GATEWAY_OVERLOADED"
+        | "GATEWAY_DRAINING" => Code::Unavailable,
         other => panic!("{other:?} is no reason of the contract: give its code, too"),
     }
 }
@@ -324,6 +341,11 @@ impl ReceivedCall {
             ReceivedRequest::StreamChat(request) => request.chat.as_ref().expect("a chat"),
             other => panic!("not a chat: {other:?}"),
         }
+    }
+
+    /// One text value of the metadata, such as `authorization`.
+    pub fn header(&self, key: &str) -> Option<&str> {
+        text(&self.metadata, key)
     }
 
     /// Waits up to 10 s for the call to be over; whether the caller left before its end.
@@ -411,8 +433,8 @@ impl FakeGatewayBuilder {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             runtime.expect("a runtime").block_on(async move {
                 let listener = tokio::net::TcpListener::from_std(listener).expect("a listener");
-                let server = Server::builder()
-                    .serve_with_incoming(services, TcpIncoming::from(listener));
+                let server =
+                    Server::builder().serve_with_incoming(services, TcpIncoming::from(listener));
                 let mut server = std::pin::pin!(server);
                 let mut stopped = std::pin::pin!(stopped);
                 std::future::poll_fn(|cx| {
@@ -575,18 +597,18 @@ impl Fake {
         let running = Running { over: sender, answered: AtomicBool::new(false), request_id };
         let shown = text(&metadata, "authorization").map(str::to_owned);
         locked(&self.0.calls).push(ReceivedCall { request: kind(request), metadata, over });
-        if let Some(token) = &self.0.token {
-            if shown != Some(format!("Bearer {token}")) {
-                let failure = Failure::new("CALLER_UNAUTHENTICATED");
-                return Err(refuse(&running, &failure.message("missing or wrong token")));
-            }
+        let wanted = self.0.token.as_ref().map(|token| format!("Bearer {token}"));
+        if wanted.is_some() && shown != wanted {
+            let failure = Failure::new("CALLER_UNAUTHENTICATED");
+            return Err(refuse(&running, &failure.message("missing or wrong token")));
         }
         Ok(running)
     }
 
     fn next(&self) -> Script {
         locked(&self.0.script).pop_front().unwrap_or_else(|| {
-            let message = "FakeGateway has no answer left: script one with reply, fail, cut or hang";
+            let message =
+                "FakeGateway has no answer left: script one with reply, fail, cut or hang";
             let failure = Failure::new("INTERNAL").message(message);
             Script { parts: Vec::new(), ending: Ending::Fail(failure) }
         })
@@ -637,12 +659,16 @@ impl Fake {
         steps
     }
 
-    fn fold(&self, script: &Script, chat: &v1::ChatRequest) -> Result<v1::ChatResponse, Failure> {
+    fn fold(
+        &self,
+        script: &Script,
+        chat: &v1::ChatRequest,
+    ) -> Result<v1::ChatResponse, Box<Failure>> {
         match &script.ending {
-            Ending::Fail(failure) => return Err(failure.clone()),
+            Ending::Fail(failure) => return Err(failure.clone().into()),
             Ending::Cut => {
                 let failure = Failure::new("UPSTREAM_STREAM_INTERRUPTED");
-                return Err(failure.message("cut by the test"));
+                return Err(failure.message("cut by the test").into());
             }
             Ending::Whole | Ending::Hang => {}
         }
@@ -806,7 +832,6 @@ impl ChatService for Fake {
                 Ending::Cut => break,
                 Ending::Whole | Ending::Fail(_) => {}
             }
-            use v1::batch_chat_response::Result as Ended;
             let result = match self.fold(&script, &item.chat.unwrap_or_default()) {
                 Ok(response) => Ended::Response(response),
                 Err(failure) => Ended::Error(failure.proto()),
@@ -854,7 +879,7 @@ impl TokenizerService for Fake {
         request: Request<v1::TokenizeRequest>,
     ) -> Answered<v1::TokenizeResponse> {
         let list = |text: &String| {
-            let pieces: Vec<_> = text.split_whitespace().map(|word| word.into()).collect();
+            let pieces: Vec<_> = text.split_whitespace().map(Into::into).collect();
             v1::TokenList { ids: (0..words(Some(text))).collect(), pieces }
         };
         let lists = request.get_ref().texts.iter().map(list).collect();
@@ -873,7 +898,7 @@ impl ModelService for Fake {
         self.accept(request, ReceivedRequest::ListModels)?.answered();
         let start: usize = asked.page_token.parse().unwrap_or(0);
         let size = usize::try_from(asked.page_size).ok().filter(|size| *size > 0).unwrap_or(100);
-        let models = self.0.models.iter().skip(start).take(size).map(model).collect();
+        let models = self.0.models.iter().skip(start).take(size).map(|name| model(name)).collect();
         let next = start + size;
         let next_page_token =
             if next < self.0.models.len() { next.to_string() } else { String::new() };
@@ -895,11 +920,11 @@ impl ModelService for Fake {
     }
 }
 
-fn model(name: &String) -> v1::Model {
+fn model(name: &str) -> v1::Model {
     v1::Model {
-        name: name.clone(),
+        name: name.to_owned(),
         upstream: "fake".to_owned(),
-        upstream_model: name.clone(),
+        upstream_model: name.to_owned(),
         tokenizer: "words".to_owned(),
         ..v1::Model::default()
     }

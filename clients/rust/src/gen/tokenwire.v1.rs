@@ -111,10 +111,10 @@ pub mod media {
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Annotation {
     /// First character, counted in Unicode code points from the start of the whole
-    /// `content`. Range: [0, ).
+    /// `content`. Range: \[0, ).
     #[prost(int32, tag = "1")]
     pub start_offset: i32,
-    /// End, exclusive, counted like `start_offset`. Range: [0, ).
+    /// End, exclusive, counted like `start_offset`. Range: \[0, ).
     #[prost(int32, tag = "2")]
     pub end_offset: i32,
     /// Cited URL.
@@ -341,10 +341,10 @@ pub struct GenerationParams {
     #[prost(double, optional, tag = "1")]
     pub temperature: ::core::option::Option<f64>,
     /// Sample from the smallest set of tokens with this total probability.
-    /// Range: (0, 1].
+    /// Range: (0, 1\].
     #[prost(double, optional, tag = "2")]
     pub top_p: ::core::option::Option<f64>,
-    /// Sample from this many most likely tokens. Range: [1, ). Not accepted by every
+    /// Sample from this many most likely tokens. Range: \[1, ). Not accepted by every
     /// upstream.
     #[prost(int32, optional, tag = "3")]
     pub top_k: ::core::option::Option<i32>,
@@ -352,7 +352,7 @@ pub struct GenerationParams {
     /// Not accepted by every upstream.
     #[prost(double, optional, tag = "4")]
     pub min_p: ::core::option::Option<f64>,
-    /// Upper bound on generated tokens, reasoning included. Range: [1, ). Lowered
+    /// Upper bound on generated tokens, reasoning included. Range: \[1, ). Lowered
     /// to the model's configured cap; the value used is in `ResponseHeader`.
     #[prost(int32, optional, tag = "5")]
     pub max_completion_tokens: ::core::option::Option<i32>,
@@ -513,17 +513,17 @@ impl FinishReason {
 /// Every error carries exactly one ErrorInfo. Its metadata never holds key material;
 /// all values are strings, all keys may be absent:
 ///
-/// - `requestId`: the `x-request-id` of the call.
-/// - `upstream`: configured name of the upstream that the error is about; where
-///    fallbacks failed too, that of the model asked for.
-/// - `upstreamStatus`: its HTTP status, absent when no answer arrived.
-/// - `upstreamCode`: its own error code, as it spelled it.
-/// - `attempts`: upstream requests made for this call.
-/// - `trail`: what was tried and what came of it, in order: upstream/key id, HTTP
-///    status if one came, reason, such as
-///    `openai/k1 429 RATE_LIMITED, openai/k2 500 UPSTREAM_ERROR`. An attempt that the
-///    call's own end cut off is `unfinished`. At most 300 characters: `...` stands for
-///    earlier attempts that do not fit.
+/// * `requestId`: the `x-request-id` of the call.
+/// * `upstream`: configured name of the upstream that the error is about; where
+///   fallbacks failed too, that of the model asked for.
+/// * `upstreamStatus`: its HTTP status, absent when no answer arrived.
+/// * `upstreamCode`: its own error code, as it spelled it.
+/// * `attempts`: upstream requests made for this call.
+/// * `trail`: what was tried and what came of it, in order: upstream/key id, HTTP
+///   status if one came, reason, such as
+///   `openai/k1 429 RATE_LIMITED, openai/k2 500 UPSTREAM_ERROR`. An attempt that the
+///   call's own end cut off is `unfinished`. At most 300 characters: `...` stands for
+///   earlier attempts that do not fit.
 ///
 /// Other details come with the reasons that name them. The trailer
 /// `grpc-retry-pushback-ms` is `-1` where a retry cannot help, or the gateway has used
@@ -539,16 +539,20 @@ pub enum ErrorReason {
     /// The request is malformed, or the upstream refused it as malformed.
     /// INVALID_ARGUMENT. Details: BadRequest with proto field paths.
     ///
-    ///      { "reason": "INVALID_REQUEST", "domain": "tokenwire",
-    ///        "metadata": { "requestId": "5f0c..." } }
-    ///      { "fieldViolations": [ { "field": "chat.params.temperature",
-    ///        "description": "got 3, expected a number in \[0, 2\]" } ] }
+    /// ```text
+    /// { "reason": "INVALID_REQUEST", "domain": "tokenwire",
+    ///    "metadata": { "requestId": "5f0c..." } }
+    /// { "fieldViolations": [ { "field": "chat.params.temperature",
+    ///    "description": "got 3, expected a number in \[0, 2\]" } ] }
+    /// ```
     InvalidRequest = 1,
     /// Prompt plus reserved output exceeds the context window. INVALID_ARGUMENT.
     /// Metadata: `maxContextTokens` and `promptTokens`, where the upstream tells them.
     ///
-    ///      { "reason": "CONTEXT_LENGTH_EXCEEDED", "domain": "tokenwire",
-    ///        "metadata": { "maxContextTokens": "8192", "promptTokens": "9000" } }
+    /// ```text
+    /// { "reason": "CONTEXT_LENGTH_EXCEEDED", "domain": "tokenwire",
+    ///    "metadata": { "maxContextTokens": "8192", "promptTokens": "9000" } }
+    /// ```
     ContextLengthExceeded = 2,
     /// The upstream does not take a parameter and the policy is REJECT.
     /// INVALID_ARGUMENT. Details: BadRequest.
@@ -573,10 +577,12 @@ pub enum ErrorReason {
     /// Every usable upstream key is rate limited. RESOURCE_EXHAUSTED.
     /// Details: RetryInfo with the soonest time a key is ready, QuotaFailure.
     ///
-    ///      { "reason": "RATE_LIMITED", "domain": "tokenwire",
-    ///        "metadata": { "upstream": "openai", "upstreamStatus": "429", "attempts": "2",
-    ///          "trail": "openai/k1 429 RATE_LIMITED, openai/k2 429 RATE_LIMITED" } }
-    ///      { "retryDelay": "12.5s" }
+    /// ```text
+    /// { "reason": "RATE_LIMITED", "domain": "tokenwire",
+    ///    "metadata": { "upstream": "openai", "upstreamStatus": "429", "attempts": "2",
+    ///      "trail": "openai/k1 429 RATE_LIMITED, openai/k2 429 RATE_LIMITED" } }
+    /// { "retryDelay": "12.5s" }
+    /// ```
     RateLimited = 11,
     /// Every upstream key is out of credit. RESOURCE_EXHAUSTED. Details: QuotaFailure.
     UpstreamQuotaExhausted = 12,
