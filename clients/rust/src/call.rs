@@ -19,6 +19,7 @@ use tonic_prost::ProstCodec;
 
 use crate::channel::{BoxFuture, Gateway, Token};
 use crate::errors::{Error, Pushback, REQUEST_ID_KEY, code_of, pushback};
+use crate::mended::Mended;
 
 /// Largest message in either direction: room for inline images. The gateway has the same.
 pub(crate) const MAX_MESSAGE_BYTES: usize = 32 * 1024 * 1024;
@@ -270,7 +271,7 @@ impl Transport {
             if let Some(end) = end {
                 message.set_timeout(end.saturating_duration_since(Instant::now()));
             }
-            let mut grpc = Grpc::new(picked.channel.clone())
+            let mut grpc = Grpc::new(Mended(picked.channel.clone()))
                 .max_decoding_message_size(MAX_MESSAGE_BYTES)
                 .max_encoding_message_size(MAX_MESSAGE_BYTES);
             let begun = async {

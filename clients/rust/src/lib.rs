@@ -9,6 +9,7 @@ mod call;
 mod channel;
 mod client;
 mod errors;
+mod mended;
 mod replies;
 mod requests;
 mod streams;

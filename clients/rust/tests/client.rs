@@ -2,9 +2,10 @@
 
 use std::io::Read;
 use std::net::TcpListener;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use futures_core::Stream as _;
@@ -15,6 +16,7 @@ use tokenwire::{
     Client, Code, Error, EventKind, FinishReason, Message, Request, STREAM_INCOMPLETE, StreamMode,
     Tls, Tool, ToolChoice, tonic,
 };
+use tonic::codegen::http;
 
 async fn failed(gateway: &FakeGateway) -> Error {
     gateway.client().chat("Hi").model("any").send().await.expect_err("a failure")
@@ -332,6 +334,63 @@ async fn nobody_listens() {
     let error = Client::builder("no-such-host.invalid:1").connect().await.unwrap_err();
     assert!(error.message().contains("no-such-host"), "{error}");
     assert_eq!(error.code(), Code::Unavailable);
+}
+
+/// Answers every call with details that are no base64: at once, or after a message.
+#[derive(Clone)]
+struct Damaged;
+
+impl tonic::codegen::Service<http::Request<tonic::body::Body>> for Damaged {
+    type Response = http::Response<tonic::body::Body>;
+    type Error = std::convert::Infallible;
+    type Future = std::future::Ready<Result<Self::Response, Self::Error>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<tonic::body::Body>) -> Self::Future {
+        let answer = http::Response::builder().header("content-type", "application/grpc");
+        let mut status = http::HeaderMap::new();
+        status.insert("grpc-status", "9".parse().unwrap());
+        status.insert("grpc-status-details-bin", "*".parse().unwrap());
+        let mut answer = answer.body(tonic::body::Body::empty()).unwrap();
+        if request.uri().path().ends_with("/StreamChat") {
+            *answer.body_mut() = tonic::body::Body::new(Trailers(Some(status)));
+        } else {
+            answer.headers_mut().extend(status);
+        }
+        std::future::ready(Ok(answer))
+    }
+}
+
+struct Trailers(Option<http::HeaderMap>);
+
+impl http_body::Body for Trailers {
+    type Data = prost::bytes::Bytes;
+    type Error = tonic::Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<http_body::Frame<Self::Data>, Self::Error>>> {
+        Poll::Ready(self.0.take().map(|trailers| Ok(http_body::Frame::trailers(trailers))))
+    }
+}
+
+#[tokio::test]
+async fn damaged_details_do_not_hide_the_status() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let target = listener.local_addr().unwrap().to_string();
+    let incoming = tonic::transport::server::TcpIncoming::from(listener);
+    let server = tonic::transport::Server::builder().serve_with_incoming(Damaged, incoming);
+    let server = tokio::spawn(server);
+    let client = Client::builder(target).connect_lazy().unwrap();
+    let error = client.chat("Hi").model("any").send().await.unwrap_err();
+    assert_eq!((error.code(), error.reason()), (Code::FailedPrecondition, ""));
+    let error = client.stream("Hi").model("any").send().await.unwrap_err();
+    assert_eq!((error.code(), error.reason()), (Code::FailedPrecondition, ""));
+    server.abort();
 }
 
 #[tokio::test]
