@@ -1,4 +1,7 @@
-//! Takes damaged status details out of what servers answer: tonic panics on them.
+//! Mends answers that are not quite gRPC before tonic sees them.
+//!
+//! tonic panics on status details that are no base64, and reads the page of a proxy that says 503
+//! as a broken message, which is not worth a retry.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -8,10 +11,12 @@ use prost::bytes::Bytes;
 use tonic::codegen::{BoxFuture, Service, http};
 use tonic::metadata::MetadataMap;
 use tonic::transport::{Channel, Error};
+use tonic::{Code, Status};
 
+const STATUS_KEY: &str = "grpc-status";
 const DETAILS_KEY: &str = "grpc-status-details-bin";
 
-/// A channel whose answers have no damaged details.
+/// A channel whose answers are gRPC.
 pub(crate) struct Mended(pub(crate) Channel);
 
 impl Service<http::Request<tonic::body::Body>> for Mended {
@@ -27,6 +32,10 @@ impl Service<http::Request<tonic::body::Body>> for Mended {
         let answer = self.0.call(request);
         Box::pin(async {
             let mut answer = answer.await?;
+            if answer.status() != http::StatusCode::OK && !answer.headers().contains_key(STATUS_KEY)
+            {
+                answer = of_http(answer.status());
+            }
             mend(answer.headers_mut()); // where there is nothing but a status
             Ok(answer.map(MendedBody))
         })
@@ -53,6 +62,19 @@ impl Body for MendedBody {
     fn is_end_stream(&self) -> bool {
         self.0.is_end_stream()
     }
+}
+
+/// What gRPC's own document makes of an answer that is only HTTP.
+fn of_http(status: http::StatusCode) -> http::Response<tonic::body::Body> {
+    let code = match status.as_u16() {
+        400 => Code::Internal,
+        401 => Code::Unauthenticated,
+        403 => Code::PermissionDenied,
+        404 => Code::Unimplemented,
+        429 | 502 | 503 | 504 => Code::Unavailable,
+        _ => Code::Unknown,
+    };
+    Status::new(code, format!("the server, or a proxy, answered HTTP {status}")).into_http()
 }
 
 fn mend(headers: &mut http::HeaderMap) {

@@ -336,7 +336,7 @@ async fn nobody_listens() {
     assert_eq!(error.code(), Code::Unavailable);
 }
 
-/// Answers every call with details that are no base64: at once, or after a message.
+/// Answers calls with details that are no base64, at once or in trailers, or by HTTP alone.
 #[derive(Clone)]
 struct Damaged;
 
@@ -357,8 +357,10 @@ impl tonic::codegen::Service<http::Request<tonic::body::Body>> for Damaged {
         let mut answer = answer.body(tonic::body::Body::empty()).unwrap();
         if request.uri().path().ends_with("/StreamChat") {
             *answer.body_mut() = tonic::body::Body::new(Trailers(Some(status)));
-        } else {
+        } else if request.uri().path().ends_with("/Chat") {
             answer.headers_mut().extend(status);
+        } else {
+            *answer.status_mut() = http::StatusCode::FORBIDDEN;
         }
         std::future::ready(Ok(answer))
     }
@@ -379,7 +381,7 @@ impl http_body::Body for Trailers {
 }
 
 #[tokio::test]
-async fn damaged_details_do_not_hide_the_status() {
+async fn what_is_not_quite_grpc_is_an_error_of_its_own() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let target = listener.local_addr().unwrap().to_string();
     let incoming = tonic::transport::server::TcpIncoming::from(listener);
@@ -390,6 +392,9 @@ async fn damaged_details_do_not_hide_the_status() {
     assert_eq!((error.code(), error.reason()), (Code::FailedPrecondition, ""));
     let error = client.stream("Hi").model("any").send().await.unwrap_err();
     assert_eq!((error.code(), error.reason()), (Code::FailedPrecondition, ""));
+    let error = client.models().send().await.unwrap_err();
+    assert_eq!((error.code(), error.reason()), (Code::PermissionDenied, ""));
+    assert!(error.message().contains("403 Forbidden"), "{error}");
     server.abort();
 }
 
