@@ -593,8 +593,8 @@ impl ModelCall {
 mod tests {
     use super::*;
 
-    #[tokio::test]
-    async fn the_environment_fills_in_what_is_not_said() {
+    #[test] // without a runtime: a client may be made before there is one
+    fn the_environment_fills_in_what_is_not_said() {
         let environ = |name: &str| match name {
             "TOKENWIRE_TARGET" => Some("gateway.internal:443".to_owned()),
             "TOKENWIRE_TOKEN" => Some("se cret".to_owned()),
@@ -614,11 +614,17 @@ mod tests {
     fn calls_can_be_spawned() {
         fn is_send<T: Send>() {}
         fn is_sync<T: Send + Sync + Unpin>() {}
+        fn sends(_: impl Send) {}
         is_sync::<Client>();
         is_sync::<Error>();
         is_sync::<Reply>();
         is_send::<Stream>();
         is_send::<Batch>();
         is_send::<ChatCall>();
+        let client = Client::builder("localhost:1").token("").connect_lazy().unwrap();
+        sends(client.chat("Hi").send());
+        sends(client.stream("Hi").send());
+        sends(client.batch(["Hi"]).send());
+        sends(client.models().send());
     }
 }
