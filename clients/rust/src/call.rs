@@ -437,6 +437,24 @@ mod tests {
         }
     }
 
+    #[cfg(feature = "testing")]
+    #[tokio::test]
+    async fn a_replica_that_is_gone_costs_neither_an_attempt_nor_a_pause() {
+        use crate::testing::FakeGateway;
+        use crate::v1;
+        let (one, two) = (FakeGateway::start(), FakeGateway::start());
+        let gone = FakeGateway::start().target();
+        let gateway = Gateway::of_replicas(vec![gone, one.target(), two.target()]).unwrap();
+        let transport = Transport { gateway, token: Token::None, throttle: Throttle::new() };
+        for _ in 0..4 {
+            let call = Call::new(Method::GetModel, CallOptions::default(), None).unwrap();
+            let request = v1::GetModelRequest { name: "any".to_owned() };
+            let _: v1::GetModelResponse = transport.unary(call, request).await.unwrap();
+        }
+        assert_eq!((one.calls().len(), two.calls().len()), (2, 2));
+        assert_eq!(*transport.throttle.tokens.lock().unwrap(), MAX_TOKENS);
+    }
+
     #[test]
     fn pushback_is_obeyed() {
         let pause = |value| Throttle::new().pause(unavailable(Some(value)), 1);

@@ -204,6 +204,15 @@ impl Gateway {
         Ok(Self { name: target.to_owned(), way })
     }
 
+    #[cfg(all(test, feature = "testing"))]
+    pub(crate) fn of_replicas(addresses: Vec<String>) -> Result<Self, Error> {
+        let gateway = Self::at("gateway:1", None, Arc::new(|endpoint| endpoint))?;
+        if let Way::Found { settings, replicas, .. } = &gateway.way {
+            locked(replicas).become_these(settings, addresses)?;
+        }
+        Ok(gateway)
+    }
+
     /// Connects to some replica.
     pub(crate) async fn connect(&self) -> Result<(), Error> {
         let Way::Found { settings, replicas, .. } = &self.way else { return Ok(()) };

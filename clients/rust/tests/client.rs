@@ -9,6 +9,8 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use futures_core::Stream as _;
+use http_body::Frame;
+use prost::bytes::Bytes;
 use serde_json::{Value, json};
 use tokenwire::testing::{Failure, FakeGateway, Part, ReceivedRequest, tool_call};
 use tokenwire::v1::{self, stream_chat_response::Event as Kind};
@@ -356,7 +358,11 @@ impl tonic::codegen::Service<http::Request<tonic::body::Body>> for Damaged {
         status.insert("grpc-status-details-bin", "*".parse().unwrap());
         let mut answer = answer.body(tonic::body::Body::empty()).unwrap();
         if request.uri().path().ends_with("/StreamChat") {
-            *answer.body_mut() = tonic::body::Body::new(Trailers(Some(status)));
+            *answer.body_mut() = tonic::body::Body::new(Frames(vec![Frame::trailers(status)]));
+        } else if request.uri().path().ends_with("/GetModel") {
+            let empty = Frame::data(vec![0; 5].into());
+            let frames = vec![Frame::trailers(status), empty];
+            *answer.body_mut() = tonic::body::Body::new(Frames(frames));
         } else if request.uri().path().ends_with("/Chat") {
             answer.headers_mut().extend(status);
         } else {
@@ -366,17 +372,18 @@ impl tonic::codegen::Service<http::Request<tonic::body::Body>> for Damaged {
     }
 }
 
-struct Trailers(Option<http::HeaderMap>);
+/// Last frame first.
+struct Frames(Vec<Frame<Bytes>>);
 
-impl http_body::Body for Trailers {
-    type Data = prost::bytes::Bytes;
+impl http_body::Body for Frames {
+    type Data = Bytes;
     type Error = tonic::Status;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         _: &mut Context<'_>,
-    ) -> Poll<Option<Result<http_body::Frame<Self::Data>, Self::Error>>> {
-        Poll::Ready(self.0.take().map(|trailers| Ok(http_body::Frame::trailers(trailers))))
+    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        Poll::Ready(self.0.pop().map(Ok))
     }
 }
 
@@ -391,6 +398,9 @@ async fn what_is_not_quite_grpc_is_an_error_of_its_own() {
     let error = client.chat("Hi").model("any").send().await.unwrap_err();
     assert_eq!((error.code(), error.reason()), (Code::FailedPrecondition, ""));
     let error = client.stream("Hi").model("any").send().await.unwrap_err();
+    assert_eq!((error.code(), error.reason()), (Code::FailedPrecondition, ""));
+    // An answer whose status is an error is none.
+    let error = client.model("any").send().await.unwrap_err();
     assert_eq!((error.code(), error.reason()), (Code::FailedPrecondition, ""));
     let error = client.models().send().await.unwrap_err();
     assert_eq!((error.code(), error.reason()), (Code::PermissionDenied, ""));
@@ -618,17 +628,17 @@ async fn a_stream_that_was_read_to_its_end_is_not_cancelled() {
     assert!(!gateway.calls()[0].was_cancelled().await);
 }
 
-/// Pings each 30 s, unanswered for 20 s, end a connection; here a hundredth of that.
+/// A server that minds a ping each 30 s would end the connection; here it comes each 0.3 s.
 async fn silent_for(silence: Duration, ping_every: Option<Duration>) {
     let gateway = FakeGateway::start();
     gateway.reply(["Once ".into(), Part::pause(silence), "upon".into()]);
     let client = gateway.client_builder().endpoint(move |endpoint| match ping_every {
-        Some(every) => endpoint.http2_keep_alive_interval(every).keep_alive_timeout(every),
+        Some(every) => endpoint.http2_keep_alive_interval(every),
         None => endpoint,
     });
     let client = client.connect_lazy().unwrap();
-    let mut stream = client.stream("Hi").model("any").send().await.unwrap();
     let begin = Instant::now();
+    let mut stream = client.stream("Hi").model("any").send().await.unwrap();
     assert_eq!(stream.reply().await.unwrap().text(), "Once upon");
     assert!(begin.elapsed() >= silence);
 }
