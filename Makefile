@@ -74,14 +74,13 @@ setup-wire: $(WIRE)/bin/.complete $(WIRE)/venv/.complete setup-ruby ## Install t
 # Versions and hashes are those of go.mod and go.sum. -p 2: the memory of others counts, too.
 $(WIRE)/bin/.complete: tests/wire/tools/go.mod tests/wire/tools/go.sum
 	@echo "Building grpcurl, ghz and grpc-health-probe into $(@D) (once; some minutes)..."
-	@(cd tests/wire/tools && GOBIN="$(CURDIR)/$(@D)" GOFLAGS=-mod=readonly nice go install -p 2 tool && touch "$(CURDIR)/$@") \
-		$(call missing,go cannot build grpcurl - ghz - grpc-health-probe)
+	@(cd tests/wire/tools && GOBIN="$(CURDIR)/$(@D)" GOFLAGS="-mod=readonly -buildvcs=false" nice go install -p 2 -ldflags="-s -w" tool && touch "$(CURDIR)/$@") \
+		$(call missing,go cannot build the programs of tests/wire/tools)
 
 $(WIRE)/venv/.complete: tests/wire/requirements.txt
 	@echo "Installing grpclib into $(@D)..."
-	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	@$(@D)/bin/$(PIP_INSTALL) tests/wire/requirements.txt
-	@touch $@
+	@(test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)) && $(@D)/bin/$(PIP_INSTALL) tests/wire/requirements.txt && touch $@ \
+		$(call missing,grpclib cannot be installed)
 
 # Debian's packages, which only root installs.
 .PHONY: setup-ruby

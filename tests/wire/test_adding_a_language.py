@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import NamedTuple
+from collections.abc import AsyncIterator
+from typing import Any, NamedTuple
 
+import grpc
 import pytest
 
 from conformance import driver
 from processes import serve
+from tokenwire.v1 import chat_service_pb2, chat_service_pb2_grpc
 from wire.programs import ROOT, missing, run
 
 PAGE = ROOT / "docs/clients/adding-a-language.md"
 EXAMPLE = ROOT / "docs/clients/ruby"
 LANES = 4  # most cases wait
+RUBY = ("ruby", "-W", "-I", "build/ruby/gen", "-I", "docs/clients/ruby")
 
 
 class Block(NamedTuple):
@@ -62,19 +66,7 @@ async def test_its_commands_and_snippets_run() -> None:
     async with serve() as gateway:
         serving = gateway.event("serving")
         assert serving is not None
-        ran = await run(
-            *(
-                "ruby",
-                "-W",
-                "-I",
-                "build/ruby/gen",
-                "-I",
-                "docs/clients/ruby",
-                "-e",
-                joined("ruby"),
-            ),
-            TOKENWIRE_TARGET=serving["address"],
-        )
+        ran = await run(*RUBY, "-e", joined("ruby"), TOKENWIRE_TARGET=serving["address"])
     assert ran.code == 0, ran.err
     assert ran.out == joined("text")
 
@@ -92,3 +84,42 @@ async def test_its_client_conforms() -> None:
     outcomes.append(await driver.run([language], alone, said.append))
     assert said == []
     assert sum(len(lane) for lane in outcomes) == len(cases)
+
+
+class HalfAnswers(chat_service_pb2_grpc.ChatServiceServicer):
+    """Ends with OK in the middle, as a proxy may and the gateway never does."""
+
+    async def StreamChat(  # noqa: N802
+        self, request: chat_service_pb2.StreamChatRequest, context: Any
+    ) -> AsyncIterator[chat_service_pb2.StreamChatResponse]:
+        header, delta = chat_service_pb2.ResponseHeader(), chat_service_pb2.Delta(content="half")
+        yield chat_service_pb2.StreamChatResponse(header=header)
+        yield chat_service_pb2.StreamChatResponse(delta=delta)
+
+
+HALF = """
+require "tokenwire"
+begin
+  client = Tokenwire::Client.new(ENV.fetch("TOKENWIRE_TARGET"))
+  client.stream(Tokenwire::V1::ChatRequest.new).each { |event| event }
+  puts "taken for an answer"
+rescue Tokenwire::Error => e
+  puts e.reason, e.partial.text
+end
+"""
+
+
+@pytest.mark.usefixtures("ruby")
+async def test_ok_without_a_trailer_is_no_answer() -> None:
+    made = await asyncio.to_thread(driver._make, EXAMPLE, "generate")
+    assert made.returncode == 0, made.stdout
+    server = grpc.aio.server()
+    chat_service_pb2_grpc.add_ChatServiceServicer_to_server(HalfAnswers(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        ran = await run(*RUBY, "-e", HALF, TOKENWIRE_TARGET=f"127.0.0.1:{port}")
+    finally:
+        await server.stop(None)
+    assert ran.code == 0, ran.err
+    assert ran.out == "STREAM_INCOMPLETE\nhalf\n"

@@ -86,8 +86,8 @@ def error_line(error)
   {
     code: error.code, reason: error.reason, retryable: error.retryable?, attempts: error.attempts,
     retry_after_ms: error.retry_after && (error.retry_after * 1000).round,
-    request_id: !error.request_id.to_s.empty?, partial_text: error.partial ? error.partial.text : "",
-    fields: error.fields
+    request_id: !error.request_id.to_s.empty?, fields: error.fields,
+    partial_text: error.partial ? error.partial.text : ""
   }
 end
 

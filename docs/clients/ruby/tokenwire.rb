@@ -208,7 +208,7 @@ module Tokenwire
       when :header then @header = event.header
       when :delta then take_delta(event.delta)
       when :snapshot then take_message(event.snapshot.choice_index, event.snapshot.message)
-      when :finish then @choices[event.finish.choice_index].finish_reason = event.finish.finish_reason
+      when :finish then take_finish(event.finish)
       when :trailer then @usage = event.trailer.usage || @usage
       end
     end
@@ -223,6 +223,10 @@ module Tokenwire
         call = choice.tool_calls[part.index] ||= ToolCall.new(part.id, part.name, +"")
         call.arguments << part.arguments
       end
+    end
+
+    def take_finish(finish)
+      @choices[finish.choice_index].finish_reason = finish.finish_reason
     end
 
     def take_message(index, message)
@@ -281,7 +285,8 @@ module Tokenwire
 
     def self.of_call(error)
       trailers = error.metadata
-      status = error.to_rpc_status || Google::Rpc::Status.new(code: error.code, message: error.details)
+      status = error.to_rpc_status
+      status ||= Google::Rpc::Status.new(code: error.code, message: error.details)
       of_status(status, request_id: trailers["x-request-id"],
                         pushback: trailers["grpc-retry-pushback-ms"])
     end
@@ -295,16 +300,20 @@ module Tokenwire
       delay = retrying&.retry_delay
       wait = delay ? delay.seconds + delay.nanos / 1e9 : nil
       wait ||= pushback.to_i / 1000.0 if pushback.to_i.positive?
-      new(status.message, code: CODES.fetch(status.code, "UNKNOWN"), reason: info ? info.reason : "",
-                          metadata: info ? info.metadata.to_h : {}, retry_after: wait,
-                          request_id: request_id,
-                          fields: refused ? refused.field_violations.map(&:field) : [])
+      new(
+        status.message,
+        code: CODES.fetch(status.code, "UNKNOWN"), reason: info ? info.reason : "",
+        metadata: info ? info.metadata.to_h : {}, retry_after: wait, request_id: request_id,
+        fields: refused ? refused.field_violations.map(&:field) : []
+      )
     end
 
     # OK without a trailer: a proxy, or a bug. Never take it for an answer.
     def self.incomplete(partial)
-      new("the stream ended before the answer was whole", code: "UNAVAILABLE",
-                                                           reason: "STREAM_INCOMPLETE", partial: partial)
+      new(
+        "the stream ended before the answer was whole",
+        code: "UNAVAILABLE", reason: "STREAM_INCOMPLETE", partial: partial
+      )
     end
 
     def initialize(message, code:, reason:, metadata: {}, retry_after: nil, request_id: nil,
