@@ -448,7 +448,7 @@ pub struct Usage {
 /// Log probability of one sampled token.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct TokenLogprob {
-    /// Token text; U+FFFD where `token_bytes` is not valid UTF-8.
+    /// Token text; U+FFFD where `raw_bytes` is not valid UTF-8.
     #[prost(string, tag = "1")]
     pub token: ::prost::alloc::string::String,
     /// Natural log of the probability.
@@ -456,7 +456,7 @@ pub struct TokenLogprob {
     pub logprob: f64,
     /// Raw bytes of the token.
     #[prost(bytes = "vec", tag = "3")]
-    pub token_bytes: ::prost::alloc::vec::Vec<u8>,
+    pub raw_bytes: ::prost::alloc::vec::Vec<u8>,
     /// Alternatives, most likely first; their own alternatives are unset.
     #[prost(message, repeated, tag = "4")]
     pub top: ::prost::alloc::vec::Vec<TokenLogprob>,
