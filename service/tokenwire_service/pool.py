@@ -37,6 +37,15 @@ class _Waiter:
         return self.model, self.avoid
 
 
+@dataclass
+class _Closed:
+    """Why a line gets no key. It holds for all who need `least` tokens or more: for those behind
+    one who leaves if they need as much as that one did; behind one who stays for everyone."""
+
+    found: Unavailable
+    least: int
+
+
 class Pool:
     """One upstream. Keys are handed out here: to those who wait for one model in the order in
     which they came, also before those who come later. Whatever changes is looked at once, for all
@@ -117,26 +126,31 @@ class Pool:
         has become of no use."""
         if not self._waiting:
             return
-        closed: dict[_Line, Unavailable] = {}  # also to all who stand behind in the same line
+        closed: dict[_Line, _Closed] = {}
         waiting: list[_Waiter] = []
         for waiter in self._waiting:
             if waiter.turn.done():
                 continue  # it left
-            found = closed.get(waiter.line) or self.ring.lease(
-                waiter.model,
-                self._now(),
-                sticky=waiter.sticky,
-                tokens=waiter.tokens,
-                avoid=waiter.avoid,
-            )
-            if isinstance(found, Unavailable):
-                closed[waiter.line] = found
-                if found.worth_waiting(waiter.deadline):
-                    waiting.append(waiter)
+            known = closed.get(waiter.line)
+            if known is None or waiter.tokens < known.least:
+                found = self.ring.lease(
+                    waiter.model,
+                    self._now(),
+                    sticky=waiter.sticky,
+                    tokens=waiter.tokens,
+                    avoid=waiter.avoid,
+                )
+                if isinstance(found, Lease):
+                    waiter.turn.set_result(found)
                     continue
-            waiter.turn.set_result(found)
+                known = closed[waiter.line] = _Closed(found, waiter.tokens)
+            if known.found.worth_waiting(waiter.deadline):
+                known.least = 0
+                waiting.append(waiter)
+            else:
+                waiter.turn.set_result(known.found)
         self._waiting = waiting
-        self._closed = {waiter.line: closed[waiter.line] for waiter in waiting}
+        self._closed = {waiter.line: closed[waiter.line].found for waiter in waiting}
         self._look_at(min((each.look_at for each in self._closed.values()), default=math.inf))
 
     def _look_at(self, at: float) -> None:

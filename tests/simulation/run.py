@@ -31,7 +31,7 @@ from tokenwire_service.errors import reasons as reason_numbers
 
 SEEDS = range(255)
 SIZE = 4000  # calls in each world
-LEAST = 200  # how often everything must have been met in all of them
+LEAST = 100  # how often everything must have been met in all of them
 
 # Every reason of the contract that a chat can end with where callers are not known. INTERNAL is a
 # defect, and no world may see one.

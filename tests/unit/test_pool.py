@@ -257,6 +257,27 @@ def test_what_makes_waiting_useless_is_told_to_everyone_at_once() -> None:
     run(main())
 
 
+def test_who_stands_behind_one_that_leaves_may_need_less_than_it_did() -> None:
+    """Found by a simulated world: the next one waited for the room that the first had asked for."""
+
+    async def main() -> None:
+        pool, ring = pool_of(key(in_flight=1, tokens_per_minute=100))
+        first = await taken(pool, tokens=40)
+        large, small = await begun(
+            pool.lease("m", now() + 30, tokens=50), pool.lease("m", now() + 90, tokens=8)
+        )
+        ring.settle(first, 90)  # more than was thought: the larger one fits no more
+        pool.release(first)
+        await asyncio.sleep(0)
+        assert isinstance(await large, Unavailable)  # no room before its deadline
+        had = await asyncio.wait_for(small, 1)
+        assert isinstance(had, Lease)
+        pool.release(had)
+        assert ring.in_flight == pool.waiting == 0
+
+    run(main())
+
+
 def test_nobody_hears_of_a_key_that_was_mended_meanwhile() -> None:
     async def main() -> None:
         pool, ring = pool_of(key(in_flight=1))
