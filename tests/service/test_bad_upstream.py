@@ -512,3 +512,57 @@ async def test_after_every_kind_of_harm_the_gateway_serves(
     texts = await asyncio.gather(*map(good, range(30)))
     assert texts == [f"good {number}" for number in range(30)]
     assert all(r.failure is not None or "\ufffd" in r.text for r in await harm)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "said", "reason"),
+    [
+        ("internlm", {"code": -20003, "msg": "too long"}, "CONTEXT_LENGTH_EXCEEDED"),
+        ("openai", {"error": {"code": "insufficient_quota"}}, "UPSTREAM_QUOTA_EXHAUSTED"),
+    ],
+)
+async def test_a_stream_is_refused_by_a_whole_json_answer(
+    start: Start, dialect: str, said: dict[str, Any], reason: str
+) -> None:
+    """InternLM answers so: what it says is not lost for being no event stream."""
+
+    async def answer(_asked: web.Request) -> web.StreamResponse:
+        return web.json_response(said)
+
+    async with provider(answer) as served:
+        gateway = await start(upstream(served.base_url, keys=1, dialect=dialect))
+        received = await receive(gateway.chat.StreamChat(stream_request(request())))
+        assert received.failure is not None
+        assert received.failure.reason == reason
+        assert len(served.asked) == 1
+
+
+async def test_a_whole_answer_to_a_stream_is_no_answer(start: Start) -> None:
+    async with provider(lambda _asked: _completed()) as served:
+        gateway = await start(upstream(served.base_url))
+        received = await receive(gateway.chat.StreamChat(stream_request(request())))
+        assert received.failure is not None
+        assert received.failure.reason == "UPSTREAM_PROTOCOL_ERROR"
+        assert "a whole answer, where a stream was asked for" in received.failure.message
+
+
+async def _completed() -> web.Response:
+    return completion("hello")
+
+
+async def test_events_that_call_themselves_json_are_events(start: Start) -> None:
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "application/json"})
+        await response.prepare(asked)
+        await response.write(b"\n\n")
+        await asyncio.sleep(0.05)
+        await response.write(chunk("hel"))
+        await asyncio.sleep(0.05)
+        await response.write(chunk("lo", finish_reason="stop") + b"data: [DONE]\n\n")
+        return response
+
+    async with provider(answer) as served:
+        gateway = await start(upstream(served.base_url))
+        received = await receive(gateway.chat.StreamChat(stream_request(request())))
+        assert received.failure is None
+        assert received.text == "hello"

@@ -101,6 +101,9 @@ class UpstreamClient:
         stops generating."""
         text_until = self._now() + self.upstream.timeouts.first_byte
         async with self._request(encoded, lease, progress) as response:
+            early = b""
+            if response.content_type == "application/json":
+                early = await self._no_plain_answer(encoded, response)
             answer = Answer(
                 response,
                 encoded.dialect.stream_decoder(encoded),
@@ -108,6 +111,7 @@ class UpstreamClient:
                 text_until,
                 self.upstream.timeouts.idle,
                 self._now,
+                early,
             )
             yield answer
             await answer.drain()
@@ -233,12 +237,25 @@ class UpstreamClient:
         fault.http_status = response.status
         return fault
 
-    async def _body(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
-        """The whole body. Whitespace keeps some upstreams' connections alive: it is progress."""
-        pieces: list[bytes] = []
-        size = 0
+    async def _no_plain_answer(self, encoded: Encoded, response: aiohttp.ClientResponse) -> bytes:
+        """The first bytes of a stream that calls itself JSON, which some servers send. Raises what
+        an error in a whole JSON answer means: InternLM and others refuse a stream by one."""
+        limit = self._limits.upstream_answer_bytes
+        begun = await self._body(response, limit, pieces=1)
+        if begun.lstrip()[:1] not in (b"{", b"["):
+            return begun
+        rest = await self._body(response, limit - len(begun))
+        encoded.dialect.decode(encoded, begun + rest)
+        raise UpstreamFault(Fault.PROTOCOL, "a whole answer, where a stream was asked for")
+
+    async def _body(
+        self, response: aiohttp.ClientResponse, limit: int, *, pieces: int | None = None
+    ) -> bytes:
+        """The whole body, or what comes of it in so many `pieces` that are not blank. Whitespace
+        keeps some upstreams' connections alive: it is progress."""
+        body = bytearray()
         idle = self.upstream.timeouts.idle
-        while True:
+        while pieces is None or pieces > 0:
             try:
                 async with Within(idle):
                     piece = await response.content.readany()
@@ -249,11 +266,13 @@ class UpstreamClient:
                     facts={TIMER: "idle"},
                 ) from None
             if not piece:
-                return b"".join(pieces)
-            size += len(piece)
-            if size > limit:
+                break
+            if len(body) + len(piece) > limit:
                 raise UpstreamFault(Fault.PROTOCOL, f"the answer exceeds {limit} bytes")
-            pieces.append(piece)
+            body += piece
+            if pieces is not None and piece.strip():
+                pieces -= 1
+        return bytes(body)
 
     def _proxy_login(self) -> dict[str, str]:
         if self.upstream.proxy_login is None:
@@ -303,8 +322,10 @@ class Answer:
         text_until: float,
         idle: float,
         now: Callable[[], float],
+        early: bytes = b"",
     ) -> None:
         self._response = response
+        self._early = early  # read already
         self._events = sse.Decoder(limits.upstream_event_bytes)
         self._decoder = decoder
         self._limit = limits.upstream_answer_bytes
@@ -330,8 +351,10 @@ class Answer:
             silent_at = self._silent_at + more
             until = min(silent_at, wake_at)
             try:
-                async with asyncio.timeout(max(0.0, until - now)):
-                    chunk = await self._response.content.read(_READ_BYTES)
+                chunk, self._early = self._early, b""
+                if not chunk:
+                    async with asyncio.timeout(max(0.0, until - now)):
+                        chunk = await self._response.content.read(_READ_BYTES)
             except TimeoutError:
                 # Not by the clock: a loop's timers may run a moment early.
                 if until == silent_at:
