@@ -117,6 +117,11 @@ in-clients = for client in $(CLIENTS); do \
 conformance: $(BIN)/.complete $(CONTRACT)/.complete ## Run every client against one gateway; writes docs/conformance.md
 	@GRPC_VERBOSITY=NONE PYTHONPATH=tests $(BIN)/python -m conformance.driver $(if $(ARGS),$(ARGS),--write docs/conformance.md)
 
+.PHONY: package
+package: $(BIN)/.complete $(CONTRACT)/.complete ## Build what is published: wheels, Go module, jars, crate, npm tarball, into build/
+	@$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation ./clients/python ./service -w build/wheels
+	@$(call in-clients,package)
+
 # --- contract -----------------------------------------------------------------------
 
 .PHONY: generate

@@ -288,7 +288,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for outcome in outcomes:
             print(json.dumps({"language": outcome.language, **outcome.line}, ensure_ascii=False))
     if arguments.write:
-        arguments.write.write_text(table(outcomes, [x.name for x in present], skipped))
+        text = table(outcomes, [x.name for x in present], skipped)
+        print(text[text.index("| case") :])
+        arguments.write.write_text(text)
     failed = sum(bool(outcome.problems) for outcome in outcomes)
     passed = len(chosen) * len(present) - failed
     print(f"{len(chosen)} cases in {len(present)} languages: {passed} passed, {failed} failed")
