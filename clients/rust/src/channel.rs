@@ -38,35 +38,52 @@ pub(crate) type Configure = Arc<dyn Fn(Endpoint) -> Endpoint + Send + Sync>;
 ///
 /// A [`ClientTlsConfig`] of tonic becomes one, for what has no method here.
 #[derive(Clone, Debug)]
-pub struct Tls(ClientTlsConfig);
+pub struct Tls {
+    config: ClientTlsConfig,
+    /// Whether the name that the certificate must have is settled; else it is the target's.
+    named: bool,
+}
 
 impl Tls {
+    fn new(config: ClientTlsConfig) -> Self {
+        Self { config, named: false }
+    }
+
     /// Trusts the authorities of the operating system.
     pub fn system_roots() -> Self {
-        Self(ClientTlsConfig::new().with_native_roots())
+        Self::new(ClientTlsConfig::new().with_native_roots())
     }
 
     /// Trusts only these authorities: certificates as PEM text.
     pub fn authorities(pem: impl AsRef<[u8]>) -> Self {
-        Self(ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)))
+        Self::new(ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)))
     }
 
     /// The client's own certificate (chain) and key as PEM text, for mutual TLS.
     #[must_use]
     pub fn identity(self, certificate: impl AsRef<[u8]>, key: impl AsRef<[u8]>) -> Self {
-        Self(self.0.identity(Identity::from_pem(certificate, key)))
+        Self { config: self.config.identity(Identity::from_pem(certificate, key)), ..self }
     }
 
     /// The name the gateway's certificate must have; unless given, that of the target.
     #[must_use]
     pub fn server_name(self, name: impl Into<String>) -> Self {
-        Self(self.0.domain_name(name))
+        Self { config: self.config.domain_name(name), named: true }
+    }
+
+    /// For a target of this host.
+    fn of(&self, host: &str) -> ClientTlsConfig {
+        let config = self.config.clone();
+        // Replicas are reached by address: without a name tonic would look for that one.
+        if self.named { config } else { config.domain_name(host.trim_matches(['[', ']'])) }
     }
 }
 
+/// Taken as it is. Give it a `domain_name`: replicas are reached by address, which is what tonic
+/// looks for in their certificates otherwise.
 impl From<ClientTlsConfig> for Tls {
     fn from(config: ClientTlsConfig) -> Self {
-        Self(config)
+        Self { config, named: true }
     }
 }
 
@@ -164,7 +181,7 @@ enum Way {
 #[derive(Clone)]
 struct Settings {
     target: Target,
-    tls: Option<ClientTlsConfig>,
+    tls: Option<Tls>,
     configure: Configure,
 }
 
@@ -195,7 +212,6 @@ impl Gateway {
     }
 
     pub(crate) fn at(target: &str, tls: Option<Tls>, configure: Configure) -> Result<Self, Error> {
-        let tls = tls.map(|tls| tls.0);
         let settings = Settings { target: Target::parse(target)?, tls, configure };
         // What is wrong with certificates is told now, not by the first call.
         settings.endpoint("127.0.0.1:1")?;
@@ -402,7 +418,11 @@ impl Settings {
             .keep_alive_timeout(PING_TIMEOUT)
             .keep_alive_while_idle(true);
         if let Some(tls) = &self.tls {
-            endpoint = endpoint.tls_config(tls.clone()).map_err(broken)?;
+            let config = match &self.target {
+                Target::Host(authority) => tls.of(authority.host()),
+                Target::Unix(_) => tls.config.clone(),
+            };
+            endpoint = endpoint.tls_config(config).map_err(broken)?;
         }
         Ok((self.configure)(endpoint))
     }

@@ -2,24 +2,25 @@ package io.tokenwire;
 
 import java.util.concurrent.CompletableFuture;
 
-/** A future whose cancellation ends the call behind it. */
+/**
+ * A future that ends the call behind it when anyone but the call itself completes it: by {@code
+ * cancel}, by {@code orTimeout}, by {@code complete}.
+ */
 final class CallFuture<T> extends CompletableFuture<T> {
-  private final Runnable cancel;
+  private volatile boolean settled;
 
   CallFuture(Runnable cancel) {
-    this.cancel = cancel;
+    whenComplete(
+        (value, error) -> {
+          if (!settled) {
+            cancel.run();
+          }
+        });
   }
 
-  @Override
-  public boolean cancel(boolean mayInterruptIfRunning) {
-    boolean cancelled = super.cancel(mayInterruptIfRunning);
-    if (cancelled) {
-      cancel.run();
-    }
-    return cancelled;
-  }
-
+  /** What the call came to. */
   void settle(T value, Throwable error) {
+    settled = true;
     if (error != null) {
       completeExceptionally(error);
     } else {

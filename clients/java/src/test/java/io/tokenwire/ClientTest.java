@@ -147,6 +147,15 @@ class ClientTest {
     assertTrue(gateway.calls().get(2).awaitCancelled(SOON));
   }
 
+  @Test
+  void aFutureThatRunsOutOfTimeEndsItsCall() throws Exception {
+    gateway.hang();
+    CompletableFuture<Reply> late = client.chatAsync(HI).orTimeout(2, TimeUnit.SECONDS);
+    awaitCalls(1);
+    assertThrows(CompletionException.class, late::join);
+    assertTrue(onlyCall().awaitCancelled(SOON));
+  }
+
   private void awaitCalls(int count) throws InterruptedException {
     for (int i = 0; i < 2000 && gateway.calls().size() < count; i++) {
       Thread.sleep(10);
