@@ -21,8 +21,10 @@ import io.tokenwire.v1.StreamChatResponse;
 import io.tokenwire.v1.StreamMode;
 import io.tokenwire.v1.TokenizeRequest;
 import io.tokenwire.v1.TokenizerServiceGrpc;
+import java.io.ByteArrayInputStream;
 import java.io.IOException;
 import java.io.UncheckedIOException;
+import java.nio.file.Files;
 import java.nio.file.Path;
 import java.time.Duration;
 import java.util.ArrayList;
@@ -591,17 +593,21 @@ public final class TokenwireClient implements AutoCloseable {
      *
      * @param authorities a PEM file of certificates
      * @param certificate a PEM file: the client's certificate chain
-     * @param key a PEM file: the client's private key, PKCS #8
+     * @param key a PEM file: the client's private key, not encrypted
      * @return this
      */
     public Builder mutualTls(Path authorities, Path certificate, Path key) {
+      Checked.set(authorities, "authorities");
+      Checked.set(certificate, "certificate");
+      Checked.set(key, "key");
       try {
+        byte[] pkcs8 = PrivateKeyPem.pkcs8(Files.readAllBytes(key));
         return tls(
             TlsChannelCredentials.newBuilder()
-                .trustManager(Checked.set(authorities, "authorities").toFile())
+                .trustManager(authorities.toFile())
                 .keyManager(
-                    Checked.set(certificate, "certificate").toFile(),
-                    Checked.set(key, "key").toFile())
+                    new ByteArrayInputStream(Files.readAllBytes(certificate)),
+                    new ByteArrayInputStream(pkcs8))
                 .build());
       } catch (IOException e) {
         throw new UncheckedIOException("mutualTls: " + e.getMessage(), e);

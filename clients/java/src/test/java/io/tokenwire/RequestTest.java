@@ -1,5 +1,6 @@
 package io.tokenwire;
 
+import static org.junit.jupiter.api.Assertions.assertArrayEquals;
 import static org.junit.jupiter.api.Assertions.assertEquals;
 import static org.junit.jupiter.api.Assertions.assertFalse;
 import static org.junit.jupiter.api.Assertions.assertThrows;
@@ -10,9 +11,18 @@ import io.tokenwire.v1.GenerationParams;
 import io.tokenwire.v1.UnsupportedParameterPolicy;
 import java.lang.reflect.Method;
 import java.lang.reflect.Modifier;
+import java.nio.charset.StandardCharsets;
 import java.nio.file.Files;
 import java.nio.file.Path;
+import java.security.KeyFactory;
+import java.security.KeyPairGenerator;
+import java.security.PrivateKey;
+import java.security.interfaces.ECPrivateKey;
+import java.security.spec.ECGenParameterSpec;
+import java.security.spec.PKCS8EncodedKeySpec;
 import java.time.Duration;
+import java.util.Arrays;
+import java.util.Base64;
 import java.util.LinkedHashMap;
 import java.util.List;
 import java.util.Map;
@@ -195,6 +205,54 @@ class RequestTest {
               .getMessage()
               .contains("no-such-file.pem"));
     }
+  }
+
+  /** Both older forms, made here by unwrapping what the JDK makes. */
+  @Test
+  void olderPrivateKeysAreRead() throws Exception {
+    KeyPairGenerator rsa = KeyPairGenerator.getInstance("RSA");
+    rsa.initialize(2048);
+    byte[] key = rsa.generateKeyPair().getPrivate().getEncoded();
+    // SEQUENCE (4), version (3), algorithm (15), the header of OCTETS (4): PKCS #1 is the rest.
+    assertArrayEquals(key, unwrapped(pem("RSA", Arrays.copyOfRange(key, 26, key.length))));
+
+    KeyPairGenerator curve = KeyPairGenerator.getInstance("EC");
+    curve.initialize(new ECGenParameterSpec("secp256r1"));
+    PrivateKey secret = curve.generateKeyPair().getPrivate();
+    byte[] wrapped = secret.getEncoded(); // it ends with the version and the key of SEC 1
+    byte[] name = {(byte) 0xa0, 10, 6, 8, 0x2a, (byte) 0x86, 0x48, (byte) 0xce, 0x3d, 3, 1, 7};
+    byte[] inner = Arrays.copyOfRange(wrapped, wrapped.length - 37, wrapped.length);
+    byte[] sec1 = new byte[2 + 37 + name.length];
+    sec1[0] = 0x30;
+    sec1[1] = (byte) (37 + name.length);
+    System.arraycopy(inner, 0, sec1, 2, 37);
+    System.arraycopy(name, 0, sec1, 39, name.length);
+    PrivateKey again =
+        KeyFactory.getInstance("EC")
+            .generatePrivate(new PKCS8EncodedKeySpec(unwrapped(pem("EC", sec1))));
+    assertEquals(((ECPrivateKey) secret).getS(), ((ECPrivateKey) again).getS());
+
+    byte[] other = "-----BEGIN PRIVATE KEY-----".getBytes(StandardCharsets.US_ASCII);
+    assertArrayEquals(other, PrivateKeyPem.pkcs8(other));
+    String said = refused(() -> PrivateKeyPem.pkcs8(pem("EC", new byte[] {0x30, 3, 2, 1})));
+    assertEquals("key: the PEM file is damaged", said);
+  }
+
+  private static byte[] pem(String kind, byte[] der) {
+    return ("-----BEGIN "
+            + kind
+            + " PRIVATE KEY-----\n"
+            + Base64.getMimeEncoder().encodeToString(der)
+            + "\n-----END "
+            + kind
+            + " PRIVATE KEY-----\n")
+        .getBytes(StandardCharsets.US_ASCII);
+  }
+
+  private static byte[] unwrapped(byte[] pem) {
+    String text = new String(PrivateKeyPem.pkcs8(pem), StandardCharsets.US_ASCII);
+    assertTrue(text.startsWith("-----BEGIN PRIVATE KEY-----\n"));
+    return Base64.getMimeDecoder().decode(text.replaceAll("-----[A-Z ]+-----", ""));
   }
 
   @Test
