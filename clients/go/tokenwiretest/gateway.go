@@ -37,10 +37,11 @@ type Gateway struct {
 	// Target is the HOST:PORT to connect to.
 	Target string
 
-	server *grpc.Server
-	served chan struct{}
-	token  string
-	models []string
+	server  *grpc.Server
+	serving []grpc.ServerOption
+	served  chan struct{}
+	token   string
+	models  []string
 
 	mu      sync.Mutex
 	scripts []script
@@ -55,6 +56,12 @@ func WithToken(token string) Option { return func(g *Gateway) { g.token = token 
 
 // WithModels replaces the models that are listed, which are "gpt-4o-mini" alone.
 func WithModels(names ...string) Option { return func(g *Gateway) { g.models = names } }
+
+// WithServerOptions passes options on to gRPC, such as credentials for TLS. They come after the
+// gateway's own and so replace them.
+func WithServerOptions(options ...grpc.ServerOption) Option {
+	return func(g *Gateway) { g.serving = append(g.serving, options...) }
+}
 
 // NewGateway starts a gateway that ends with the test.
 func NewGateway(t testing.TB, options ...Option) *Gateway {
@@ -77,7 +84,7 @@ func Start(options ...Option) (*Gateway, error) {
 		Target: listener.Addr().String(),
 		models: []string{"gpt-4o-mini"},
 		served: make(chan struct{}),
-		server: grpc.NewServer(
+		serving: []grpc.ServerOption{
 			grpc.MaxRecvMsgSize(tokenwire.MaxMessageBytes),
 			grpc.MaxSendMsgSize(tokenwire.MaxMessageBytes),
 			grpc.WaitForHandlers(true), // after Close no goroutine is left
@@ -85,11 +92,12 @@ func Start(options ...Option) (*Gateway, error) {
 			grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{
 				MinTime: 10 * time.Second, PermitWithoutStream: true,
 			}),
-		),
+		},
 	}
 	for _, option := range options {
 		option(g)
 	}
+	g.server = grpc.NewServer(g.serving...)
 	pb.RegisterChatServiceServer(g.server, &chat{gateway: g})
 	pb.RegisterTokenizerServiceServer(g.server, &tokenizer{gateway: g})
 	pb.RegisterModelServiceServer(g.server, &lister{gateway: g})
@@ -126,13 +134,23 @@ func (g *Gateway) Reply(parts ...Part) *Gateway {
 	return g.add(script{events: flat(parts)})
 }
 
-// ReplyFinishing is Reply with a reason of your own; Reply's is FinishStop, or FinishToolCalls
-// after tool calls.
-func (g *Gateway) ReplyFinishing(why tokenwire.FinishReason, parts ...Part) *Gateway {
-	if _, known := pb.FinishReason_value["FINISH_REASON_"+strings.ToUpper(string(why))]; !known {
+// Answer is a whole answer with what Reply makes up.
+type Answer struct {
+	Parts []Part
+	// FinishReason of each choice that begins; FinishStop, or FinishToolCalls after tool calls,
+	// unless given.
+	FinishReason tokenwire.FinishReason
+	// Usage; words are counted unless given.
+	Usage *tokenwire.Usage
+}
+
+// ReplyWith answers the next call with an answer.
+func (g *Gateway) ReplyWith(answer Answer) *Gateway {
+	why := answer.FinishReason
+	if _, known := pb.FinishReason_value["FINISH_REASON_"+strings.ToUpper(string(why))]; why != "" && !known {
 		panic(fmt.Sprintf("tokenwiretest: no such finish reason: %q", string(why)))
 	}
-	return g.add(script{events: flat(parts), finishReason: why})
+	return g.add(script{events: flat(answer.Parts), finishReason: why, usage: answer.Usage})
 }
 
 // Fail fails the next call as the gateway does.

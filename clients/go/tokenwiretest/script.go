@@ -206,6 +206,7 @@ type script struct {
 	kind         ending
 	failure      Failure
 	finishReason tokenwire.FinishReason
+	usage        *tokenwire.Usage
 }
 
 type ending int
@@ -267,15 +268,37 @@ func (s script) all(id string, chat *pb.ChatRequest) []*pb.StreamChatResponse {
 			}}})
 		}
 	}
+	return append(events, &pb.StreamChatResponse{
+		Event: &pb.StreamChatResponse_Trailer{Trailer: &pb.StreamTrailer{Usage: s.used(chat, words)}},
+	})
+}
+
+// used returns the usage as scripted, else words as tokens.
+func (s script) used(chat *pb.ChatRequest, words int) *pb.Usage {
+	if s.usage != nil {
+		int32Of := func(n *int) *int32 {
+			if n == nil {
+				return nil
+			}
+			return proto.Int32(int32(*n))
+		}
+		return &pb.Usage{
+			PromptTokens:       int32(s.usage.PromptTokens),
+			CompletionTokens:   int32(s.usage.CompletionTokens),
+			TotalTokens:        int32(s.usage.TotalTokens),
+			CachedPromptTokens: int32Of(s.usage.CachedPromptTokens),
+			CacheWriteTokens:   int32Of(s.usage.CacheWriteTokens),
+			ReasoningTokens:    int32Of(s.usage.ReasoningTokens),
+			Estimated:          s.usage.Estimated,
+			ExtraJson:          string(s.usage.Extra),
+		}
+	}
 	prompt := 0
 	for _, message := range chat.GetMessages() {
 		prompt += len(strings.Fields(message.GetContent()))
 	}
-	usage := &pb.Usage{
+	return &pb.Usage{
 		PromptTokens: int32(prompt), CompletionTokens: int32(words), TotalTokens: int32(prompt + words),
 		Estimated: true,
 	}
-	return append(events, &pb.StreamChatResponse{
-		Event: &pb.StreamChatResponse_Trailer{Trailer: &pb.StreamTrailer{Usage: usage}},
-	})
 }
