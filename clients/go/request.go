@@ -24,24 +24,24 @@ type Request struct {
 	// Prompt, unless "", is one more message of the user after Messages.
 	Prompt string
 
-	Temperature         *float64 // 0 is the most deterministic; [0, 2]
-	TopP                *float64 // (0, 1]
-	TopK                *int     // 1 or more; not every upstream takes it
-	MinP                *float64 // [0, 1]; not every upstream takes it
-	MaxCompletionTokens *int     // reasoning included; lowered to the model's cap
-	Stop                []string // where to stop; never part of the answer
-	FrequencyPenalty    *float64 // 0 is neutral; [-2, 2]
-	PresencePenalty     *float64 // 0 is neutral; [-2, 2]
-	RepetitionPenalty   *float64 // 1 is neutral; above 0; not every upstream takes it
-	Seed                *int64   // best-effort determinism
-	ChoiceCount         *int     // answers to generate (n elsewhere); [1, 128]
-	Logprobs            *bool    // return log probabilities
-	TopLogprobs         *int     // alternatives per token; [0, 20]; needs Logprobs
-	LogitBias           map[int]float64
-	ReasoningEffort     string // "low", "medium", "high", ...
-	EnableThinking      *bool  // where the model allows it
-	Verbosity           string // "low", "medium", "high"
-	ParallelToolCalls   *bool  // several calls in one turn
+	Temperature         *float64        // 0 is the most deterministic; [0, 2]
+	TopP                *float64        // (0, 1]
+	TopK                *int            // 1 or more; not every upstream takes it
+	MinP                *float64        // [0, 1]; not every upstream takes it
+	MaxCompletionTokens *int            // reasoning included; lowered to the model's cap
+	Stop                []string        // where to stop; never part of the answer
+	FrequencyPenalty    *float64        // 0 is neutral; [-2, 2]
+	PresencePenalty     *float64        // 0 is neutral; [-2, 2]
+	RepetitionPenalty   *float64        // 1 is neutral; above 0; not every upstream takes it
+	Seed                *int64          // best-effort determinism
+	ChoiceCount         *int            // answers to generate (n elsewhere); [1, 128]
+	Logprobs            *bool           // return log probabilities
+	TopLogprobs         *int            // alternatives per token; [0, 20]; needs Logprobs
+	LogitBias           map[int]float64 // token id to bias; [-100, 100]
+	ReasoningEffort     string          // "low", "medium", "high", ...
+	EnableThinking      *bool           // where the model allows it
+	Verbosity           string          // "low", "medium", "high"
+	ParallelToolCalls   *bool           // several calls in one turn
 
 	// Tools that the model may call.
 	Tools []Tool
