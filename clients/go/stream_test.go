@@ -396,3 +396,15 @@ func TestABatchThatMakesNoSense(t *testing.T) {
 	}
 	equal(t, "calls", len(gateway.Calls()), 0)
 }
+
+func TestTimeToFirstTokenIsToTheFirstOutput(t *testing.T) {
+	gateway, client := started(t)
+	gateway.Reply(tokenwiretest.Delta(&pb.Delta{ChoiceIndex: 1}), tokenwiretest.Reasoning("hm"), tokenwiretest.Text("ok"))
+	stream := client.Stream(ctx, hi)
+	var known []bool
+	for _, err := range stream.All() {
+		_, ok := stream.TimeToFirstToken()
+		known = append(known, ok || err != nil)
+	}
+	equal(t, "after header, empty delta, reasoning, ...", fmt.Sprint(known), "[false false true true true true true]")
+}
