@@ -1,0 +1,202 @@
+/** One RPC over a grpc-js channel: a message in, messages out, one kind of error. */
+
+import {
+  type DescMessage,
+  type DescMethod,
+  fromBinary,
+  type MessageShape,
+  toBinary,
+} from "@bufbuild/protobuf";
+import * as grpc from "@grpc/grpc-js";
+import type { Endpoint } from "./channel.js";
+import { fromCall, REQUEST_ID_KEY, TokenwireError } from "./errors.js";
+
+/** One RPC to make. */
+export interface Call<I extends DescMessage, O extends DescMessage> {
+  readonly method: DescMethod & { input: I; output: O };
+  readonly request: MessageShape<I>;
+  readonly requestId: string;
+  readonly metadata: Readonly<Record<string, string | Uint8Array>>;
+  readonly timeoutMs: number | undefined;
+  readonly signal: AbortSignal | undefined;
+}
+
+export function pathOf(method: DescMethod): string {
+  return `/${method.parent.typeName}/${method.name}`;
+}
+
+export function serializer<D extends DescMessage>(schema: D): (message: MessageShape<D>) => Buffer {
+  return (message) => {
+    const bytes = toBinary(schema, message);
+    return Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  };
+}
+
+export function deserializer<D extends DescMessage>(schema: D): (bytes: Buffer) => MessageShape<D> {
+  // A plain Uint8Array: `bytes` fields are views of what is parsed, and must not become Buffers.
+  return (bytes) =>
+    fromBinary(schema, new Uint8Array(bytes.buffer, bytes.byteOffset, bytes.byteLength));
+}
+
+/** Carries the calls of one client. */
+export class Transport {
+  readonly #endpoint: Endpoint;
+  readonly #client: grpc.Client;
+  readonly #running = new Set<{ cancel(): void }>();
+  #closed = false;
+
+  constructor(endpoint: Endpoint) {
+    this.#endpoint = endpoint;
+    this.#client = endpoint.open();
+  }
+
+  /** The answer; rejects with TokenwireError. */
+  async unary<I extends DescMessage, O extends DescMessage>(
+    call: Call<I, O>,
+  ): Promise<MessageShape<O>> {
+    const { metadata, options } = await this.#prepared(call);
+    const answer = await new Promise<MessageShape<O> | grpc.ServiceError>((settle) => {
+      const rpc = this.#client.makeUnaryRequest(
+        pathOf(call.method),
+        serializer(call.method.input),
+        deserializer(call.method.output),
+        call.request,
+        metadata,
+        options,
+        (error, response) => {
+          release();
+          settle(error ?? (response as MessageShape<O>));
+        },
+      );
+      const release = this.#watched(rpc, call.signal);
+    });
+    if (answer instanceof Error) throw failed(call, answer);
+    return answer;
+  }
+
+  /** Starts a stream of answers; with a token that is at hand, before it returns. */
+  async open<I extends DescMessage, O extends DescMessage>(
+    call: Call<I, O>,
+  ): Promise<Reader<MessageShape<O>>> {
+    const prepared = this.#prepared(call);
+    const { metadata, options } = prepared instanceof Promise ? await prepared : prepared;
+    const rpc = this.#client.makeServerStreamRequest(
+      pathOf(call.method),
+      serializer(call.method.input),
+      deserializer(call.method.output),
+      call.request,
+      metadata,
+      options,
+    );
+    const release = this.#watched(rpc, call.signal);
+    return new Reader(rpc, release, (error) => failed(call, error));
+  }
+
+  /** Cancels what runs and closes the connection. */
+  close(): void {
+    this.#closed = true;
+    for (const rpc of this.#running) rpc.cancel();
+    this.#client.close();
+  }
+
+  #prepared(call: Call<DescMessage, DescMessage>): Prepared | Promise<Prepared> {
+    // Since when: time that the token takes counts.
+    const options: grpc.CallOptions =
+      call.timeoutMs === undefined ? {} : { deadline: Date.now() + call.timeoutMs };
+    const metadata = new grpc.Metadata();
+    metadata.set(REQUEST_ID_KEY, call.requestId);
+    for (const [name, value] of Object.entries(call.metadata)) {
+      metadata.set(name, typeof value === "string" ? value : Buffer.from(value));
+    }
+    const ready = (): Prepared => {
+      if (this.#closed) throw new Error("the client is closed");
+      if (call.signal?.aborted) throw aborted(call, call.signal);
+      return { metadata, options };
+    };
+    ready(); // do not ask for a token in vain
+    const pending = this.#endpoint.authorize(metadata);
+    return pending instanceof Promise ? pending.then(ready) : ready();
+  }
+
+  #watched(rpc: { cancel(): void }, signal: AbortSignal | undefined): () => void {
+    const cancel = () => rpc.cancel();
+    this.#running.add(rpc);
+    signal?.addEventListener("abort", cancel, { once: true });
+    return () => {
+      this.#running.delete(rpc);
+      // A signal often outlives its calls, and would keep each of them.
+      signal?.removeEventListener("abort", cancel);
+    };
+  }
+}
+
+interface Prepared {
+  metadata: grpc.Metadata;
+  options: grpc.CallOptions;
+}
+
+function failed(call: Call<DescMessage, DescMessage>, error: grpc.ServiceError): TokenwireError {
+  if (error.code === grpc.status.CANCELLED && call.signal?.aborted) {
+    return aborted(call, call.signal);
+  }
+  return fromCall(error.code, error.details, error.metadata, { requestId: call.requestId });
+}
+
+function aborted(call: Call<DescMessage, DescMessage>, signal: AbortSignal): TokenwireError {
+  const { requestId } = call;
+  const cause: unknown = signal.reason;
+  return new TokenwireError("aborted by the signal", { code: "CANCELLED", requestId, cause });
+}
+
+/**
+ * Messages of one stream, pulled one at a time.
+ *
+ * Not the async iterator of the stream itself: that one throws a status at once, and with it away
+ * the messages that had arrived before. It also reads only as fast as its caller, so that the
+ * gateway notices who does not.
+ */
+export class Reader<M> {
+  readonly #rpc: grpc.ClientReadableStream<M>;
+  readonly #failed: (error: grpc.ServiceError) => TokenwireError;
+  #failure: grpc.ServiceError | undefined;
+  #ended = false;
+  #wake: () => void = () => {};
+
+  constructor(
+    rpc: grpc.ClientReadableStream<M>,
+    release: () => void,
+    failed: (error: grpc.ServiceError) => TokenwireError,
+  ) {
+    this.#rpc = rpc;
+    this.#failed = failed;
+    rpc.on("readable", () => this.#wake());
+    rpc.on("end", () => {
+      this.#ended = true;
+      release();
+      this.#wake();
+    });
+    rpc.on("error", (error: Error) => {
+      this.#failure = error as grpc.ServiceError;
+      release();
+      this.#wake();
+    });
+  }
+
+  /** The next message; undefined after the last; rejects with TokenwireError. */
+  async next(): Promise<M | undefined> {
+    for (;;) {
+      const message = this.#rpc.read() as M | null;
+      if (message !== null) return message;
+      if (this.#failure !== undefined) throw this.#failed(this.#failure);
+      if (this.#ended) return undefined;
+      await new Promise<void>((wake) => {
+        this.#wake = wake;
+      });
+    }
+  }
+
+  /** Ends the call, here and at the gateway. */
+  cancel(): void {
+    this.#rpc.cancel();
+  }
+}
