@@ -80,10 +80,11 @@ export class Transport {
   ): Promise<Reader<MessageShape<O>>> {
     const prepared = this.#prepared(call);
     const { metadata, options } = prepared instanceof Promise ? await prepared : prepared;
+    const parse = deserializer(call.method.output);
     const rpc = this.#client.makeServerStreamRequest(
       pathOf(call.method),
       serializer(call.method.input),
-      deserializer(call.method.output),
+      (bytes) => ({ message: parse(bytes), weight: bytes.length + PER_MESSAGE }),
       call.request,
       metadata,
       options,
@@ -148,28 +149,41 @@ function aborted(call: Call<DescMessage, DescMessage>, signal: AbortSignal): Tok
   return new TokenwireError("aborted by the signal", { code: "CANCELLED", requestId, cause });
 }
 
+/** A message and what it weighs. */
+interface Arrived<M> {
+  message: M;
+  weight: number;
+}
+
+// What an answer that is read slowly may weigh here before the gateway is made to wait: some
+// thousand deltas, at 256 bytes for each besides its own.
+const BUFFER = 1024 * 1024;
+const PER_MESSAGE = 256;
+
 /**
  * Messages of one stream, pulled one at a time.
  *
- * Not the async iterator of the stream itself: that one throws a status at once, and with it away
- * the messages that had arrived before. It also reads only as fast as its caller, so that the
- * gateway notices who does not.
+ * Not the async iterator of the stream itself. grpc-js tells a failure at once, and throws away
+ * what had arrived and was not read: so this reads ahead. Yet not without end: a caller that reads
+ * nothing must be felt by the gateway.
  */
 export class Reader<M> {
-  readonly #rpc: grpc.ClientReadableStream<M>;
+  readonly #rpc: grpc.ClientReadableStream<Arrived<M>>;
   readonly #failed: (error: grpc.ServiceError) => TokenwireError;
+  readonly #ahead: Arrived<M>[] = [];
+  #weight = 0;
   #failure: grpc.ServiceError | undefined;
   #ended = false;
   #wake: () => void = () => {};
 
   constructor(
-    rpc: grpc.ClientReadableStream<M>,
+    rpc: grpc.ClientReadableStream<Arrived<M>>,
     release: () => void,
     failed: (error: grpc.ServiceError) => TokenwireError,
   ) {
     this.#rpc = rpc;
     this.#failed = failed;
-    rpc.on("readable", () => this.#wake());
+    rpc.on("readable", () => this.#readAhead());
     rpc.on("end", () => {
       this.#ended = true;
       release();
@@ -185,8 +199,12 @@ export class Reader<M> {
   /** The next message; undefined after the last; rejects with TokenwireError. */
   async next(): Promise<M | undefined> {
     for (;;) {
-      const message = this.#rpc.read() as M | null;
-      if (message !== null) return message;
+      const arrived = this.#ahead.shift() ?? this.#read();
+      if (arrived !== undefined) {
+        this.#weight -= arrived.weight;
+        this.#readAhead();
+        return arrived.message;
+      }
       if (this.#failure !== undefined) throw this.#failed(this.#failure);
       if (this.#ended) return undefined;
       await new Promise<void>((wake) => {
@@ -198,5 +216,21 @@ export class Reader<M> {
   /** Ends the call, here and at the gateway. */
   cancel(): void {
     this.#rpc.cancel();
+  }
+
+  #readAhead(): void {
+    while (this.#weight < BUFFER) {
+      const arrived = this.#read();
+      if (arrived === undefined) break;
+      this.#ahead.push(arrived);
+    }
+    this.#wake();
+  }
+
+  #read(): Arrived<M> | undefined {
+    const arrived = this.#rpc.read() as Arrived<M> | null;
+    if (arrived === null) return undefined;
+    this.#weight += arrived.weight;
+    return arrived;
   }
 }

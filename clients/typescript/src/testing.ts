@@ -14,11 +14,13 @@
 
 import {
   create,
+  type DescMessage,
   type DescMethod,
   type DescService,
   isMessage,
   type Message,
   type MessageInitShape,
+  type MessageShape,
   toBinary,
 } from "@bufbuild/protobuf";
 import { anyPack } from "@bufbuild/protobuf/wkt";
@@ -172,6 +174,12 @@ export class ReceivedCall {
     const { chat } = this.message as Partial<StreamChatRequest>;
     if (chat === undefined) throw new Error(`${this.method} has no ChatRequest: see .message`);
     return chat;
+  }
+
+  /** The request message as one of `schema`; throws Error if it is another. */
+  as<D extends DescMessage>(schema: D): MessageShape<D> {
+    if (isMessage(this.message, schema)) return this.message;
+    throw new Error(`${this.method} takes a ${this.message.$typeName}, no ${schema.typeName}`);
   }
 
   /** Waits for the call to be over; whether the caller left before its end. */
