@@ -52,8 +52,8 @@ const RETRIED: Readonly<Record<string, readonly string[]>> = {
 
 /** Where the gateway is, and how to open a channel to it. Its token stays private. */
 export class Endpoint {
+  /** HOST:PORT or any gRPC target. */
   readonly target: string;
-  readonly isSecure: boolean;
   readonly #token: Token;
   readonly #credentials: grpc.ChannelCredentials;
   readonly #options: grpc.ChannelOptions;
@@ -71,10 +71,10 @@ export class Endpoint {
     this.target = target;
     this.#token = token;
     this.#credentials = credentials(options.tls ?? false);
-    this.isSecure = this.#credentials._isSecure();
     this.#options = { ...builtIn(), ...options.channelOptions };
   }
 
+  /** A channel to it. */
   open(): grpc.Client {
     return new grpc.Client(this.target, this.#credentials, this.#options);
   }
@@ -87,7 +87,7 @@ export class Endpoint {
    */
   authorize(metadata: grpc.Metadata): void | Promise<void> {
     const given = typeof this.#token === "function" ? this.#token() : this.#token;
-    if (typeof given === "object") return given.then((token) => present(metadata, token));
+    if (given instanceof Promise) return given.then((token) => present(metadata, token));
     present(metadata, given);
   }
 }

@@ -232,7 +232,7 @@ abstract class OneLoop<M, Item> implements AsyncIterable<Item>, AsyncDisposable 
   [Symbol.asyncIterator](): AsyncIterableIterator<Item> {
     if (this.#taken) throw new Error("a stream can be read only once");
     this.#taken = true;
-    return this.#read();
+    return this.leavable(this.#read());
   }
 
   /** Ends the call, at the gateway and at the upstream; a loop that waits throws CANCELLED. */
@@ -271,6 +271,21 @@ abstract class OneLoop<M, Item> implements AsyncIterable<Item>, AsyncDisposable 
     return undefined;
   }
 
+  /** `loop`, which cancels the call even if it is left before it began, or while it waits. */
+  protected leavable<T>(loop: AsyncGenerator<T, undefined>): AsyncIterableIterator<T> {
+    return {
+      next: () => loop.next(),
+      return: async () => {
+        this.cancel();
+        await loop.return(undefined).catch(() => {}); // the CANCELLED of a loop that waits
+        return { done: true, value: undefined };
+      },
+      [Symbol.asyncIterator]() {
+        return this;
+      },
+    };
+  }
+
   /** Whether a loop has begun. */
   protected get wasTaken(): boolean {
     return this.#taken;
@@ -306,12 +321,9 @@ export class ChatStream<T = unknown> extends OneLoop<StreamChatResponse, StreamE
     this.#answer = new Accumulator(parser);
   }
 
-  /** Only the new text of one choice. */
-  async *textDeltas(choiceIndex = 0): AsyncGenerator<string, undefined> {
-    for await (const event of this) {
-      if (event.text !== "" && event.choiceIndex === choiceIndex) yield event.text;
-    }
-    return undefined;
+  /** Only the new text of one choice: another way to read the stream, and to leave it. */
+  textDeltas(choiceIndex = 0): AsyncIterableIterator<string> {
+    return this.leavable(textOf(this, choiceIndex));
   }
 
   /**
@@ -411,6 +423,16 @@ export class ChatStream<T = unknown> extends OneLoop<StreamChatResponse, StreamE
     this.#error = attachPartial(error, this.#answer.soFar(this.requestId));
     return this.#error;
   }
+}
+
+async function* textOf(
+  events: AsyncIterable<StreamEvent>,
+  choiceIndex: number,
+): AsyncGenerator<string, undefined> {
+  for await (const event of events) {
+    if (event.text !== "" && event.choiceIndex === choiceIndex) yield event.text;
+  }
+  return undefined;
 }
 
 function hasToken(event: StreamEvent): boolean {
@@ -513,16 +535,28 @@ function prepared<I extends DescMessage, O extends DescMessage>(
   if (typeof requestId !== "string" || !/^[\x20-\x7e]+$/.test(requestId)) {
     throw new TypeError(`requestId: expected printable ASCII, got ${JSON.stringify(requestId)}`);
   }
-  for (const name of Object.keys(metadata)) {
-    if ([REQUEST_ID_KEY, "authorization"].includes(name.toLowerCase())) {
-      throw new TypeError(`metadata: "${name}" has its own option (requestId, token)`);
-    }
-  }
+  for (const [name, value] of Object.entries(metadata)) checkMetadata(name, value);
   if (signal !== undefined && !(signal instanceof AbortSignal)) {
     throw new TypeError("signal: expected an AbortSignal");
   }
   const timeoutMs = options.timeoutMs === undefined ? defaultMs : milliseconds(options.timeoutMs);
   return { method, request, requestId, metadata, timeoutMs, signal };
+}
+
+function checkMetadata(name: string, value: unknown): void {
+  if ([REQUEST_ID_KEY, "authorization"].includes(name.toLowerCase())) {
+    throw new TypeError(`metadata: "${name}" has its own option (requestId, token)`);
+  }
+  if (!/^[0-9A-Za-z_.-]+$/.test(name)) {
+    throw new TypeError(`metadata: "${name}" is no name, which has letters, digits and _.- alone`);
+  }
+  if (name.toLowerCase().endsWith("-bin")) {
+    if (!(value instanceof Uint8Array)) {
+      throw new TypeError(`metadata["${name}"]: expected a Uint8Array, as its name ends in -bin`);
+    }
+  } else if (typeof value !== "string" || !/^[\x20-\x7e]*$/.test(value)) {
+    throw new TypeError(`metadata["${name}"]: expected a string of printable ASCII`);
+  }
 }
 
 function milliseconds(timeoutMs: unknown): number | undefined {

@@ -36,14 +36,23 @@ export interface FieldViolation {
 
 /** What a {@link TokenwireError} is made of. */
 export interface TokenwireErrorInit {
+  /** See {@link TokenwireError.code}; the others likewise. */
   code: StatusCode;
+  /** "" unless given. */
   reason?: string;
+  /** Unknown unless given. */
   retryAfterMs?: number | undefined;
+  /** "" unless given. */
   requestId?: string;
+  /** None unless given. */
   fieldViolations?: readonly FieldViolation[];
+  /** Empty unless given. */
   metadata?: Readonly<Record<string, string>>;
+  /** Nothing unless given. */
   partial?: Reply | undefined;
+  /** Made of the code and the message unless given. */
   proto?: Status | undefined;
+  /** What led to it, as of any Error. */
   cause?: unknown;
 }
 

@@ -59,6 +59,7 @@ export type Json = Readonly<Record<string, unknown>> | string;
 
 /** Bytes or a reference to them: exactly one of `data`, `url` and `fileId`. */
 export interface MediaPart {
+  /** What it is. */
   type: "image" | "audio" | "video" | "file";
   /** Inline bytes, with `mediaType`. */
   data?: Uint8Array;
@@ -126,10 +127,15 @@ export type Tool =
 
 /** How one caller role is written for the upstream. */
 export interface RoleTemplate {
+  /** Role as the caller writes it, for example "environment". */
   role: string;
+  /** Role sent upstream, for example "system"; `role` unless given. */
   apiRole?: string;
+  /** Text put before the content. */
   begin?: string;
+  /** Text put after the content. */
   end?: string;
+  /** Use the template of this role instead. */
   fallbackRole?: string;
 }
 
@@ -193,27 +199,39 @@ export interface ChatOptions<T = unknown> extends CallOptions {
   model?: string | undefined;
   /** Randomness, 0 to 2. */
   temperature?: number | null | undefined;
+  /** Sample from the smallest set of tokens with this total probability, up to 1. */
   topP?: number | null | undefined;
+  /** Sample from this many most likely tokens. */
   topK?: number | null | undefined;
+  /** Drop tokens less likely than this share of the most likely one, 0 to 1. */
   minP?: number | null | undefined;
   /** Upper bound on generated tokens, reasoning included. */
   maxCompletionTokens?: number | null | undefined;
   /** Where to stop; never part of the text. */
   stop?: string | readonly string[] | null | undefined;
+  /** Added per earlier occurrence of a token, -2 to 2; 0 is neutral. */
   frequencyPenalty?: number | null | undefined;
+  /** Added once a token has occurred, -2 to 2; 0 is neutral. */
   presencePenalty?: number | null | undefined;
+  /** Multiplies, above 0; 1 is neutral. */
   repetitionPenalty?: number | null | undefined;
   /** 64 bits: a bigint beyond 2 ** 53. */
   seed?: number | bigint | null | undefined;
   /** Answers to generate (`n` elsewhere). */
   choiceCount?: number | null | undefined;
+  /** Return log probabilities, in `proto` of each choice. */
   logprobs?: boolean | null | undefined;
+  /** Alternatives per token, 0 to 20; needs `logprobs`. */
   topLogprobs?: number | null | undefined;
-  /** Token id to bias. */
+  /** Token id to bias, -100 to 100. */
   logitBias?: Readonly<Record<number, number>> | null | undefined;
+  /** "none", "minimal", "low", "medium", "high", ... */
   reasoningEffort?: string | null | undefined;
+  /** Turn thinking on or off where the model allows it. */
   enableThinking?: boolean | null | undefined;
+  /** "low", "medium", "high". */
   verbosity?: string | null | undefined;
+  /** Allow several calls in one turn. */
   parallelToolCalls?: boolean | null | undefined;
   /** Tools the model may call. */
   tools?: readonly Tool[] | null | undefined;
@@ -236,10 +254,13 @@ export interface ChatOptions<T = unknown> extends CallOptions {
     | undefined;
   /** JSON Schema the answer must match: `reply.json()` parses it. See {@link jsonSchema}. */
   jsonSchema?: AnswerSchema<T> | Json | null | undefined;
+  /** Role rewriting for this call; replaces the configured templates of the model. */
   roleTemplates?: readonly (RoleTemplate | RoleTemplateProto)[] | null | undefined;
   /** Stable pseudonymous end-user identifier. */
   endUserId?: string | null | undefined;
+  /** Cache bucket hint. */
   promptCacheKey?: string | null | undefined;
+  /** "auto", "default", "flex", "priority", ... */
   serviceTier?: string | null | undefined;
   /** Whether a parameter the upstream does not take fails the call (the default). */
   unsupportedParameters?: "reject" | "drop" | null | undefined;

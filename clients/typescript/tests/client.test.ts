@@ -204,6 +204,26 @@ test("leaving the loop over the text cancels, too, and so does leaving a batch",
   assert.equal(await gateway.calls[1]?.waitCancelled(), true);
 });
 
+test("a loop that is left before it began, or while it waits, cancels as well", async (t) => {
+  const { gateway, client } = await pair(t);
+  gateway.hang().hang().hang("one");
+  const arrived = async (calls: number) => {
+    while (gateway.calls.length < calls) await new Promise((resolve) => setTimeout(resolve, 5));
+  };
+  const events = client.stream("x", { model })[Symbol.asyncIterator]();
+  await arrived(1);
+  await events.return?.();
+  const texts = client.stream("x", { model }).textDeltas();
+  await arrived(2);
+  await texts.return?.();
+  const waiting = client.stream("x", { model })[Symbol.asyncIterator]();
+  while ((await waiting.next()).value?.text !== "one");
+  const next = assert.rejects(waiting.next(), { code: "CANCELLED" });
+  await waiting.return?.();
+  await next;
+  for (const call of gateway.calls) assert.equal(await call.waitCancelled(), true);
+});
+
 test("a stream in a block is cancelled at its end", async (t) => {
   const { gateway, client } = await pair(t);
   gateway.hang("one");
