@@ -46,7 +46,7 @@ test("calls are recorded, with who answered and who left", async (t) => {
   assert.equal(await chat?.waitCancelled(), false);
   assert.throws(() => models?.request, /ListModels has no ChatRequest/);
   gateway.hang();
-  const call = failure(client.chat("x", { model, timeoutMs: 2000 }));
+  const call = failure(client.chat("x", { model, timeoutMs: 20_000 }));
   while (gateway.calls.length < 3) await new Promise((resolve) => setTimeout(resolve, 5));
   assert.equal(await gateway.calls[2]?.waitCancelled(10), false); // not yet
   await gateway.close();

@@ -13,7 +13,7 @@ import { FakeGateway } from "tokenwire/testing";
 import { create, StreamChatResponseSchema, toBinary } from "tokenwire/v1";
 
 const long = Number(process.env["TOKENWIRE_IDLE_SECONDS"] ?? 0) * 1000;
-const silence = long || 2000;
+const silence = long || 2500;
 // The default is 30 s; scaled down by the same factor as the silence of 120 s.
 const scaled = { "grpc.keepalive_time_ms": 500 };
 
@@ -60,7 +60,7 @@ test(`a stream survives ${silence / 1000} s of silence`, async (t) => {
   const reply = await client.stream("Think.", { model: "m" }).reply();
 
   assert.equal(reply.text, "before, after");
-  assert.ok(pings.length >= 3, `${pings.length} pings`);
+  assert.ok(pings.length >= 2, `${pings.length} pings`);
   assert.equal(sessions.length, 1);
   // The gateway cuts off who pings more often than each 10 s.
   const gaps = pings.slice(1).map((at, i) => at - (pings[i] ?? 0));
@@ -85,7 +85,7 @@ test("a gateway that is gone without a word is noticed", async (t) => {
   });
   await using client = new Tokenwire({
     target: `127.0.0.1:${(way.address() as AddressInfo).port}`,
-    channelOptions: { "grpc.keepalive_time_ms": 300, "grpc.keepalive_timeout_ms": 300 },
+    channelOptions: { "grpc.keepalive_time_ms": 300, "grpc.keepalive_timeout_ms": 2000 },
   });
   const stream = client.stream("Think.", { model: "m", timeoutMs: 20_000 });
   const call = (async () => {
