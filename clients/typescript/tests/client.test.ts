@@ -11,7 +11,7 @@ import {
   StreamChatRequestSchema,
   StreamChatResponseSchema,
 } from "tokenwire/v1";
-import { all, failure, pair } from "./harness.js";
+import { all, arrived, failure, pair } from "./harness.js";
 
 const model = "m";
 
@@ -207,14 +207,11 @@ test("leaving the loop over the text cancels, too, and so does leaving a batch",
 test("a loop that is left before it began, or while it waits, cancels as well", async (t) => {
   const { gateway, client } = await pair(t);
   gateway.hang().hang().hang("one");
-  const arrived = async (calls: number) => {
-    while (gateway.calls.length < calls) await new Promise((resolve) => setTimeout(resolve, 5));
-  };
   const events = client.stream("x", { model })[Symbol.asyncIterator]();
-  await arrived(1);
+  await arrived(gateway, 1);
   await events.return?.();
   const texts = client.stream("x", { model }).textDeltas();
-  await arrived(2);
+  await arrived(gateway, 2);
   await texts.return?.();
   const waiting = client.stream("x", { model })[Symbol.asyncIterator]();
   while ((await waiting.next()).value?.text !== "one");
@@ -251,28 +248,22 @@ test("cancel() ends a loop that waits", async (t) => {
 test("a signal cancels a call of each kind; its reason is the cause", async (t) => {
   const { gateway, client } = await pair(t);
   gateway.hang().hang("one").hang();
-  const abort = (): [AbortSignal, Promise<void>] => {
-    const controller = new AbortController();
-    const done = new Promise<void>((resolve) => {
-      setTimeout(() => {
-        controller.abort("enough");
-        resolve();
-      }, 50);
-    });
-    return [controller.signal, done];
-  };
+  let calls = 0;
   for (const [kind, call] of [
     ["chat", (signal: AbortSignal) => client.chat("x", { model, signal })],
     ["stream", (signal: AbortSignal) => client.stream("x", { model, signal }).reply()],
     ["batch", (signal: AbortSignal) => client.batchOrdered(["x"], { model, signal })],
   ] as const) {
-    const [signal] = abort();
-    const error = await failure(call(signal));
+    const controller = new AbortController();
+    const failed = failure(call(controller.signal));
+    calls += 1;
+    await arrived(gateway, calls);
+    controller.abort("enough");
+    const error = await failed;
     assert.deepEqual([kind, error.code, error.cause], [kind, "CANCELLED", "enough"]);
     assert.equal(error.isRetryable, false);
     assert.equal(await gateway.calls.at(-1)?.waitCancelled(), true);
   }
-  assert.equal(gateway.calls.length, 3);
 });
 
 test("a signal that is aborted already sends nothing", async (t) => {
@@ -309,7 +300,7 @@ test("a signal keeps nothing of the calls it has outlived", async (t) => {
 
 test("a deadline: the caller's own, or the client's for unary calls alone", async (t) => {
   const { gateway, client } = await pair(t, { timeoutMs: 300 });
-  gateway.hang().hang("one");
+  gateway.hang("one").hang("one");
   assert.equal((await failure(client.chat("x", { model }))).code, "DEADLINE_EXCEEDED");
   const stream = await failure(client.stream("x", { model, timeoutMs: 2000 }).reply());
   assert.deepEqual([stream.code, stream.partialText], ["DEADLINE_EXCEEDED", "one"]);
@@ -338,7 +329,7 @@ test("close ends what runs; later calls say why they cannot be", async (t) => {
   gateway.hang().hang("one");
   const chat = failure(client.chat("x", { model }));
   const stream = failure(client.stream("x", { model }).reply());
-  while (gateway.calls.length < 2) await new Promise((resolve) => setTimeout(resolve, 5));
+  await arrived(gateway, 2);
   client.close();
   assert.deepEqual([(await chat).code, (await stream).code], ["CANCELLED", "CANCELLED"]);
   for (const call of gateway.calls) assert.equal(await call.waitCancelled(), true);
@@ -351,7 +342,7 @@ test("a stream that nobody reads is no unhandled rejection", async (t) => {
   gateway.fail("INTERNAL");
   client.stream("x", { model });
   client.stream("x", { model, signal: AbortSignal.abort() });
-  while (gateway.calls.length < 1) await new Promise((resolve) => setTimeout(resolve, 5));
+  await arrived(gateway, 1);
   await new Promise((resolve) => setTimeout(resolve, 20));
 });
 

@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { FakeGateway, heartbeat, toolCall } from "tokenwire/testing";
 import { create, DeltaSchema } from "tokenwire/v1";
-import { all, failure, pair } from "./harness.js";
+import { all, arrived, failure, pair } from "./harness.js";
 
 const model = "m";
 
@@ -47,7 +47,7 @@ test("calls are recorded, with who answered and who left", async (t) => {
   assert.throws(() => models?.request, /ListModels has no ChatRequest/);
   gateway.hang();
   const call = failure(client.chat("x", { model, timeoutMs: 20_000 }));
-  while (gateway.calls.length < 3) await new Promise((resolve) => setTimeout(resolve, 5));
+  await arrived(gateway, 3);
   assert.equal(await gateway.calls[2]?.waitCancelled(10), false); // not yet
   await gateway.close();
   assert.ok(["UNAVAILABLE", "CANCELLED"].includes((await call).code));

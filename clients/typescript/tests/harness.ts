@@ -36,3 +36,8 @@ export async function all<T>(stream: AsyncIterable<T>): Promise<T[]> {
   for await (const item of stream) items.push(item);
   return items;
 }
+
+/** Waits until the gateway has received so many calls. */
+export async function arrived(gateway: FakeGateway, calls: number): Promise<void> {
+  while (gateway.calls.length < calls) await new Promise((resolve) => setTimeout(resolve, 5));
+}
