@@ -249,24 +249,19 @@ abstract class OneLoop<M, Item> implements AsyncIterable<Item>, AsyncDisposable 
   }
 
   async *#read(): AsyncGenerator<Item, undefined> {
-    let reader: Reader<M> | undefined;
-    let over = false;
     try {
-      reader = await this.#opening;
+      const reader = await this.#opening;
       for (;;) {
         const message = await reader.next();
         if (message === undefined) break;
         const item = this.receive(message);
         if (item !== undefined) yield item;
       }
-      over = true;
       this.end();
     } catch (error) {
-      if (!(error instanceof TokenwireError)) throw error;
-      over = true;
-      throw this.failed(error);
-    } finally {
-      if (!over) reader?.cancel();
+      if (error instanceof TokenwireError) throw this.failed(error);
+      this.cancel();
+      throw error;
     }
     return undefined;
   }

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import type { Message, Tokenwire } from "tokenwire";
+import { type Message, Tokenwire } from "tokenwire";
 import { FakeGateway, heartbeat, toolCall } from "tokenwire/testing";
 import {
   BatchChatRequestSchema,
@@ -469,6 +469,31 @@ test("pushback is waited for", async (t) => {
   const began = performance.now();
   await client.chat("x", { model });
   assert.ok(performance.now() - began >= 690);
+});
+
+test("when most calls fail, retries stop feeding the fire", async (t) => {
+  const { gateway, client } = await pair(t);
+  for (let i = 0; i < 30; i += 1) gateway.fail("GATEWAY_OVERLOADED", { pushbackMs: 1 });
+  for (let i = 0; i < 10; i += 1) await failure(client.chat("x", { model }));
+  assert.ok(gateway.calls.length > 10 && gateway.calls.length < 20, `${gateway.calls.length}`);
+});
+
+test("calls go to each replica in turn", async (t) => {
+  const { gateway: one } = await pair(t);
+  const { gateway: other } = await pair(t);
+  const target = `ipv4:${one.target},${other.target}`;
+  await using client = new Tokenwire({ target, token: "" });
+  for (let i = 0; i < 500; i += 1) {
+    one.reply("one");
+    other.reply("other");
+  }
+  // Until both are connected with, one answers for both.
+  const answers = new Set<string>();
+  for (let i = 0; i < 500 && answers.size < 2; i += 1) {
+    answers.add((await client.chat("x", { model })).text);
+    await new Promise((resolve) => setTimeout(resolve, 10));
+  }
+  assert.deepEqual([...answers].sort(), ["one", "other"]);
 });
 
 test("a stream that has begun is never tried again", async (t) => {

@@ -1,7 +1,10 @@
 import assert from "node:assert/strict";
+import { createServer } from "node:http2";
+import type { AddressInfo } from "node:net";
 import { test } from "node:test";
 import { inspect } from "node:util";
-import { TokenwireError } from "tokenwire";
+import { BinaryWriter } from "@bufbuild/protobuf/wire";
+import { Tokenwire, TokenwireError } from "tokenwire";
 import { CODES, type Reason } from "tokenwire/testing";
 import { ErrorReason } from "tokenwire/v1";
 import { failure, pair } from "./harness.js";
@@ -83,6 +86,40 @@ test("a status of somebody else has no reason", async (t) => {
   assert.deepEqual([error.code, error.reason], ["PERMISSION_DENIED", ""]);
   assert.equal(error.message, "PERMISSION_DENIED: proxy says no (request r)");
   assert.equal(error.attempts, 0);
+});
+
+test("details of another domain, or none at all, are not taken for ours", async (t) => {
+  const info = new BinaryWriter().tag(1, 2).string("OVER_LIMIT").tag(2, 2).string("proxy.example");
+  const any = new BinaryWriter()
+    .tag(1, 2)
+    .string("type.googleapis.com/google.rpc.ErrorInfo")
+    .tag(2, 2)
+    .bytes(info.finish());
+  const status = new BinaryWriter().tag(1, 0).int32(8).tag(3, 2).bytes(any.finish()).finish();
+  const details = [Buffer.from(status), Buffer.from([255])];
+  const server = createServer();
+  server.on("stream", (stream) => {
+    stream.respond(
+      {
+        ":status": 200,
+        "content-type": "application/grpc",
+        "grpc-status": "8",
+        "grpc-message": "slow down",
+        "grpc-status-details-bin": details.shift()?.toString("base64") ?? "",
+      },
+      { endStream: true },
+    );
+  });
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  t.after(() => server.close());
+  const { port } = server.address() as AddressInfo;
+  await using client = new Tokenwire({ target: `127.0.0.1:${port}`, token: "" });
+  for (const howMany of [1, 0]) {
+    const error = await failure(client.chat("x", { model }));
+    assert.deepEqual([error.code, error.reason], ["RESOURCE_EXHAUSTED", ""]);
+    assert.equal(error.rawMessage, "slow down");
+    assert.equal(error.proto.details.length, howMany);
+  }
 });
 
 test("an error can be made by hand, for tests of one's own", () => {
