@@ -241,7 +241,7 @@ func logprobs(list []*pb.TokenLogprob) []TokenLogprob {
 	var tokens []TokenLogprob
 	for _, p := range list {
 		tokens = append(tokens, TokenLogprob{
-			p.GetToken(), p.GetLogprob(), p.GetTokenBytes(), logprobs(p.GetTop()),
+			p.GetToken(), p.GetLogprob(), p.GetRawBytes(), logprobs(p.GetTop()),
 		})
 	}
 	return tokens

@@ -1819,12 +1819,12 @@ func (x *Usage) GetExtraJson() string {
 // Log probability of one sampled token.
 type TokenLogprob struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Token text; U+FFFD where `token_bytes` is not valid UTF-8.
+	// Token text; U+FFFD where `raw_bytes` is not valid UTF-8.
 	Token string `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
 	// Natural log of the probability.
 	Logprob float64 `protobuf:"fixed64,2,opt,name=logprob,proto3" json:"logprob,omitempty"`
 	// Raw bytes of the token.
-	TokenBytes []byte `protobuf:"bytes,3,opt,name=token_bytes,json=tokenBytes,proto3" json:"token_bytes,omitempty"`
+	RawBytes []byte `protobuf:"bytes,3,opt,name=raw_bytes,json=rawBytes,proto3" json:"raw_bytes,omitempty"`
 	// Alternatives, most likely first; their own alternatives are unset.
 	Top           []*TokenLogprob `protobuf:"bytes,4,rep,name=top,proto3" json:"top,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1875,9 +1875,9 @@ func (x *TokenLogprob) GetLogprob() float64 {
 	return 0
 }
 
-func (x *TokenLogprob) GetTokenBytes() []byte {
+func (x *TokenLogprob) GetRawBytes() []byte {
 	if x != nil {
-		return x.TokenBytes
+		return x.RawBytes
 	}
 	return nil
 }
@@ -2054,12 +2054,11 @@ const file_tokenwire_v1_chat_proto_rawDesc = "" +
 	"extra_json\x18\x0f \x01(\tR\textraJsonB\x17\n" +
 	"\x15_cached_prompt_tokensB\x15\n" +
 	"\x13_cache_write_tokensB\x13\n" +
-	"\x11_reasoning_tokens\"\x8d\x01\n" +
+	"\x11_reasoning_tokens\"\x89\x01\n" +
 	"\fTokenLogprob\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x18\n" +
-	"\alogprob\x18\x02 \x01(\x01R\alogprob\x12\x1f\n" +
-	"\vtoken_bytes\x18\x03 \x01(\fR\n" +
-	"tokenBytes\x12,\n" +
+	"\alogprob\x18\x02 \x01(\x01R\alogprob\x12\x1b\n" +
+	"\traw_bytes\x18\x03 \x01(\fR\brawBytes\x12,\n" +
 	"\x03top\x18\x04 \x03(\v2\x1a.tokenwire.v1.TokenLogprobR\x03top*\xb8\x01\n" +
 	"\fFinishReason\x12\x1d\n" +
 	"\x19FINISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n" +
