@@ -566,3 +566,21 @@ async def test_events_that_call_themselves_json_are_events(start: Start) -> None
         received = await receive(gateway.chat.StreamChat(stream_request(request())))
         assert received.failure is None
         assert received.text == "hello"
+
+
+async def test_blanks_that_call_themselves_json_are_no_text(start: Start) -> None:
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "application/json"})
+        await response.prepare(asked)
+        while True:
+            await response.write(b"\n")
+            await asyncio.sleep(0.02)
+
+    async with provider(answer) as served:
+        timeouts = UpstreamTimeouts(first_byte=0.3, idle=10.0)
+        there = upstream(served.base_url, timeouts=timeouts)
+        gateway = await start(there, retries=Retries(max_attempts=1))
+        received = await receive(gateway.chat.StreamChat(stream_request(request()), timeout=30))
+        assert received.failure is not None
+        assert received.failure.reason == "UPSTREAM_TIMEOUT"
+        assert received.failure.metadata["timer"] == "first_byte"

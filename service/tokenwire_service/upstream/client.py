@@ -103,7 +103,13 @@ class UpstreamClient:
         async with self._request(encoded, lease, progress) as response:
             early = b""
             if response.content_type == "application/json":
-                early = await self._no_plain_answer(encoded, response)
+                try:  # blanks keep the connection alive, but are no text
+                    async with Within(max(0.0, text_until - self._now())):
+                        early = await self._no_plain_answer(encoded, response)
+                except TimeoutError:
+                    raise UpstreamFault(
+                        Fault.TIMEOUT, "no text in time", facts={TIMER: "first_byte"}
+                    ) from None
             answer = Answer(
                 response,
                 encoded.dialect.stream_decoder(encoded),
