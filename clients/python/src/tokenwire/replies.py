@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,15 +125,15 @@ class Choice:
         return _parsed(self.text, f"answer (finish_reason {self.finish_reason!r})")
 
 
-class Answer:
+class Answer(ABC):
     """Shortcuts to the first choice, for whatever has choices."""
 
     __slots__ = ()
 
     @property
+    @abstractmethod
     def choices(self) -> tuple[Choice, ...]:
         """Answers, by index: one unless `choice_count` asked for more."""
-        raise NotImplementedError
 
     @property
     def first(self) -> Choice:
