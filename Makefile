@@ -171,9 +171,12 @@ check: $(BIN)/.complete $(CONTRACT)/.complete check-contract ## Everything CI ch
 		echo "The checks left the tree dirty:"; git status --short; exit 1; fi
 	@echo "make check: all good"
 
+# Three at once on two cores: most tests wait for sockets.
+BESIDE := --numprocesses 3 --dist loadgroup
+
 .PHONY: test
 test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete $(if $(CI),setup-wire build/servers/litellm/.complete) ## Run every test (ARGS="-k name" narrows)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest $(if $(ARGS),,$(BESIDE)) $(ARGS)
 	@$(if $(ARGS),,$(call in-clients,test))
 
 .PHONY: faults

@@ -18,6 +18,7 @@ from conformance.expect import differences
 from harness import Recorder, upstream
 from tokenwire_service import server
 from tokenwire_service.config import (
+    Admin,
     Caller,
     Config,
     Limits,
@@ -33,6 +34,7 @@ from tokenwire_service.upstream import dialects
 from tokenwire_service.upstream.openai import OpenAI
 
 _HEARTBEAT = 0.2  # seconds; the gateway's own is 15
+_NEVER = 3600.0  # seconds
 _SETTLES = 5.0  # seconds for what ends in the background
 _LOGGER = logging.getLogger("tokenwire.conformance")
 
@@ -53,6 +55,7 @@ def _config(base_url: str, **settings: Any) -> Config:
     settings.setdefault("name", "sim")
     return Config(
         listen=listen,
+        admin=Admin(listen="off"),  # several run at a time
         upstreams=(upstream(base_url, **settings),),
         models=models,
         limits=limits,
@@ -119,6 +122,7 @@ GATEWAYS: dict[str, Callable[[str], Config]] = {
     "auth": lambda url: msgspec.structs.replace(_config(url), callers=_CALLERS),
     "tls": _config,
     "mtls": _config,
+    "silent": lambda url: _config(url, timeouts=UpstreamTimeouts(first_byte=600, idle=600)),
     "stalling": lambda url: _config(url, whole=Timeouts(write=1.0)),
 }
 
@@ -217,6 +221,7 @@ async def serving(case: dict[str, Any]) -> AsyncIterator[Scene]:
         if name in ("tls", "mtls"):
             config = msgspec.structs.replace(config, tls=pki.make().tls(mutual=name == "mtls"))
         seen = Recorder()
+        heartbeat = _NEVER if name == "silent" else _HEARTBEAT
         stack = await outer.enter_async_context(AsyncExitStack())
         if name == "broken":
             defective = {**dialects.loaded(), "openai": _Defective()}
@@ -225,7 +230,7 @@ async def serving(case: dict[str, Any]) -> AsyncIterator[Scene]:
 
         async def start(config: Config) -> server.Running:
             return await stack.enter_async_context(
-                server.serving(config, _LOGGER, observer=seen, heartbeat=_HEARTBEAT)
+                server.serving(config, _LOGGER, observer=seen, heartbeat=heartbeat)
             )
 
         running = await start(config)

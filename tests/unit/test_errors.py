@@ -117,7 +117,7 @@ KEYS_OWN = {
 }
 
 
-@pytest.mark.parametrize("fault", CALLERS_OWN, ids=lambda fault: fault.value)
+@pytest.mark.parametrize("fault", sorted(CALLERS_OWN, key=str), ids=lambda fault: fault.value)
 def test_a_mistake_of_the_caller_fails_at_once_and_costs_no_key(fault: Fault) -> None:
     assert VERDICTS[fault].key is KeyAction.KEEP
     assert VERDICTS[fault].request is RequestAction.FAIL
