@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import NoReturn, Protocol
 
+import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from tokenwire.admin.v1 import admin_service_pb2
@@ -16,12 +19,24 @@ from tokenwire_service.counters import Counters, KeyCount
 from tokenwire_service.gateway import Gateway
 from tokenwire_service.keyfiles import KeyFiles
 from tokenwire_service.pool import Pool
+from tokenwire_service.recent import Recent, Second
 from tokenwire_service.secret import Scrubber
 from tokenwire_service.snapshot import Closure, KeyView, Scope, State
 
+_INTERVALS = (0.1, 60.0)  # seconds: the range of WatchStatusRequest.interval
+_INTERVAL = 1.0  # seconds, where none is asked for
+
+
+class _Context(Protocol):
+    """What of gRPC's context is used here."""
+
+    async def write(self, message: admin_service_pb2.WatchStatusResponse) -> None: ...
+
+    async def abort(self, code: grpc.StatusCode, details: str) -> NoReturn: ...
+
 
 class AdminServicer:
-    """Answers at once, without an await, so that what it tells belongs together.
+    """Each answer is made at once, without an await, so that what it tells belongs together.
 
     Model names and codes are what callers and providers wrote: `scrub` takes keys out of them.
     """
@@ -32,20 +47,24 @@ class AdminServicer:
         config: Config,
         pools: Mapping[str, Pool],
         counters: Counters,
+        recent: Recent,
         files: KeyFiles,
         scrub: Scrubber,
         logger: logging.Logger,
         *,
         now: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
         self._gateway = gateway
         self._config = config
         self._pools = pools
         self._counters = counters
+        self._recent = recent
         self._files = files
         self._scrub = scrub
         self._logger = logger
         self._now = now
+        self._sleep = sleep
         self._started = now()
         self._version = __version__
 
@@ -59,6 +78,59 @@ class AdminServicer:
             # gRPC would send the text of the exception, whatever that holds.
             self._logger.exception("defect", extra={"fields": {"method": "ListKeys"}})
         raise _DefectError
+
+    async def WatchStatus(  # noqa: N802  # the contract's name
+        self, request: admin_service_pb2.WatchStatusRequest, context: _Context
+    ) -> None:
+        """How it stands, again and again."""
+        interval = _INTERVAL
+        if request.HasField("interval"):
+            interval = request.interval.ToNanoseconds() / 1e9
+        least, most = _INTERVALS
+        if not least <= interval <= most:
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"interval: got {interval:g} s, expected {least:g} to {most:g} s",
+            )
+        number = 0
+        while True:
+            try:
+                status = self.status(number)
+            except Exception:
+                self._logger.exception("defect", extra={"fields": {"method": "WatchStatus"}})
+                raise _DefectError from None
+            if status.seconds:
+                number = status.seconds[-1].number + 1
+            await context.write(status)
+            await self._sleep(interval)
+
+    def status(self, number: int) -> admin_service_pb2.WatchStatusResponse:
+        """How it stands, with the seconds from `number` on, counted from the start."""
+        return admin_service_pb2.WatchStatusResponse(
+            listing=self._listing(self._now()),
+            seconds=[self._second(each) for each in self._recent.since(number)],
+        )
+
+    def _second(self, second: Second) -> admin_service_pb2.Second:
+        times = sorted(second.first_texts)
+        return admin_service_pb2.Second(
+            number=second.number,
+            in_flight=second.in_flight,
+            succeeded=second.succeeded,
+            left=second.left,
+            failed=[
+                admin_service_pb2.ReasonCount(reason=reason, count=count)
+                for reason, count in sorted(second.failed.items())
+            ],
+            attempts=second.attempts,
+            retries=second.retries,
+            faults=_faults(second.faults),
+            prompt_tokens=second.prompt_tokens,
+            completion_tokens=second.completion_tokens,
+            deltas=second.deltas,
+            first_text_p50=_quantile(times, 0.5),
+            first_text_p99=_quantile(times, 0.99),
+        )
 
     def _listing(self, now: float) -> admin_service_pb2.ListKeysResponse:
         gateway, limits = self._gateway, self._config.limits
@@ -140,10 +212,7 @@ class AdminServicer:
             attempts=count.attempts,
             successes=count.successes,
             abandoned=count.abandoned,
-            faults=[
-                admin_service_pb2.FaultCount(fault=fault, count=number)
-                for fault, number in sorted(count.faults.items())
-            ],
+            faults=_faults(count.faults),
             prompt_tokens=count.prompt_tokens,
             completion_tokens=count.completion_tokens,
             last_used_ago=_duration(now - count.at) if count.attempts else None,
@@ -158,6 +227,20 @@ class AdminServicer:
 class _DefectError(Exception):
     def __str__(self) -> str:
         return "the gateway failed; its log tells more"
+
+
+def _faults(faults: Mapping[str, int]) -> list[admin_service_pb2.FaultCount]:
+    return [
+        admin_service_pb2.FaultCount(fault=fault, count=count)
+        for fault, count in sorted(faults.items())
+    ]
+
+
+def _quantile(ordered: Sequence[float], share: float) -> Duration | None:
+    """The least of them that `share` of all do not exceed; None of none."""
+    if not ordered:
+        return None
+    return _duration(ordered[max(0, math.ceil(share * len(ordered)) - 1)])
 
 
 def _duration(seconds: float) -> Duration:

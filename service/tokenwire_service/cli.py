@@ -1,4 +1,4 @@
-"""The command line: tokenwire serve | keys | check-config | simulate | chat | demo.
+"""The command line: tokenwire serve | top | keys | check-config | simulate | chat | demo.
 
 What a subcommand needs is imported when it runs: `tokenwire --help` and `tokenwire chat` do not
 load the server.
@@ -46,6 +46,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     serve.add_argument("--config", type=Path, metavar="FILE", help="YAML file; none is needed")
     serve.add_argument("--listen", metavar="ADDR", help="host:port; default 127.0.0.1:50051")
     serve.set_defaults(run=_serve)
+
+    top = commands.add_parser("top", help="watch a running gateway, in the terminal")
+    top.add_argument(
+        "--target",
+        metavar="ADDR",
+        help="its setting admin.listen (default: $TOKENWIRE_ADMIN or 127.0.0.1:50052)",
+    )
+    top.add_argument(
+        "--interval",
+        type=float,
+        default=1.0,
+        metavar="SECONDS",
+        help="between two looks, from 0.1 to 60 (default: %(default)g)",
+    )
+    top.add_argument("--once", action="store_true", help="print one view and end")
+    top.set_defaults(run=_top)
 
     keys = commands.add_parser("keys", help="show the keys of a running gateway")
     keys.add_argument(
@@ -135,6 +151,7 @@ async def _serve_config(config: Config) -> None:
                     "fields": {
                         "address": running.address,
                         "admin": running.admin or "off",
+                        "status_page": running.page or "off",
                         "upstreams": ",".join(u.name for u in config.upstreams),
                         "keys": sum(len(u.keys) for u in config.upstreams),
                     }
@@ -149,6 +166,16 @@ async def _serve_config(config: Config) -> None:
                 )
 
         await serve_until_signalled(config, logger, announce, scrub=scrub)
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    from tokenwire_service.top import run_top
+
+    if not 0.1 <= arguments.interval <= 60:
+        print("tokenwire top: --interval takes 0.1 to 60 seconds", file=sys.stderr)
+        return EXIT_USAGE
+    target = arguments.target or os.environ.get("TOKENWIRE_ADMIN")
+    return run_top(target, interval=arguments.interval, once=arguments.once)
 
 
 def _keys(arguments: argparse.Namespace) -> int:

@@ -24,6 +24,7 @@ from tokenwire_service.keyset import A_KEY, NOT_A_KEY, Naming, are_keys, file_te
 from tokenwire_service.providers import PROFILES
 from tokenwire_service.secret import Digest, Secret
 from tokenwire_service.settings import (
+    ADMIN_OFF,
     DEFAULT_ADMIN,
     DEFAULT_CAP,
     OPENAI_BASE_URL,
@@ -612,6 +613,8 @@ def _spoken(upstream: Upstream) -> str:
 def _summary(config: Config) -> Iterator[str]:
     yield f"listen     {config.listen}"
     yield f"admin      {config.admin.listen or f'{DEFAULT_ADMIN}, if that is free'}"
+    if config.status_page.listen != ADMIN_OFF:
+        yield f"page       {config.status_page.listen}"
     if config.needs_simulator:
         yield "upstreams  none: no file, and no OPENAI_API_KEY; serve starts the simulator"
     for upstream in config.upstreams:

@@ -46,7 +46,7 @@ from tokenwire_service.keyring import (
 )
 from tokenwire_service.layouts import estimate, so_far
 from tokenwire_service.pool import Pool
-from tokenwire_service.relay import HEARTBEAT_SECONDS, Outbox, Write, text_bytes
+from tokenwire_service.relay import HEARTBEAT_SECONDS, Outbox, Relayed, Write, text_bytes
 from tokenwire_service.retry import Backoff, RetryBudget
 from tokenwire_service.secret import Scrubber, Secret
 from tokenwire_service.stops import StopFilter, cut
@@ -193,6 +193,7 @@ class Gateway:
         *,
         backoff: Backoff,
         heartbeat: float = HEARTBEAT_SECONDS,
+        relayed: Relayed | None = None,
         now: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -201,6 +202,7 @@ class Gateway:
         self._observer = observer
         self._backoff = backoff
         self._heartbeat = heartbeat
+        self._relayed = relayed
         self._now = now
         self._sleep = sleep
         self._budget = RetryBudget(config.retries.budget, config.retries.budget_floor, now)
@@ -258,6 +260,7 @@ class Gateway:
             started=call.started,
             now=self._now,
             heartbeat=self._heartbeat,
+            relayed=self._relayed,
         )
 
         async def use(attempt: Attempt) -> None:

@@ -42,7 +42,7 @@ def run_keys(
     try:
         listing = _ask(target)
     except grpc.RpcError as error:
-        stderr.write(f"tokenwire keys: {_explained(error, target)}\n")
+        stderr.write(f"tokenwire keys: {explained(error, target)}\n")
         return 1
     if as_json:
         text = MessageToJson(listing, always_print_fields_with_no_presence=True)
@@ -70,13 +70,19 @@ def _ask(target: str) -> admin_service_pb2.ListKeysResponse:
         return answer
 
 
-def _explained(error: grpc.RpcError, target: str) -> str:
+def unreachable(target: str) -> str:
+    """Why nobody may answer there."""
+    return (
+        f"no gateway answers at {target}: is it running, on this machine, with admin.listen "
+        "there? --target takes another address"
+    )
+
+
+def explained(error: grpc.RpcError, target: str) -> str:
+    """One sentence for people."""
     code = error.code()
     if code is grpc.StatusCode.UNAVAILABLE:
-        return (
-            f"no gateway answers at {target}: is it running, on this machine, with admin.listen "
-            "there? --target takes another address"
-        )
+        return unreachable(target)
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return (
             f"what answers at {target} does not know the question: that may be the port for "
@@ -90,7 +96,7 @@ def table(listing: admin_service_pb2.ListKeysResponse) -> Iterator[str]:
     gateway = listing.gateway
     draining = ", draining" if gateway.draining else ""
     yield (
-        f"gateway {gateway.version}, up {_seconds(gateway.uptime)}{draining}: "
+        f"gateway {gateway.version}, up {duration(gateway.uptime)}{draining}: "
         f"{gateway.in_flight} of {gateway.slots} slots, {gateway.queued} queued, "
         f"retry budget {gateway.retry_budget:.1f}"
     )
@@ -102,13 +108,13 @@ def table(listing: admin_service_pb2.ListKeysResponse) -> Iterator[str]:
             f"keys set {_times(upstream.keys_generation)}"
         )
         for closure in upstream.closures:
-            yield f"  {_closed(closure)}"
+            yield f"  {closed(closure)}"
         lines = _aligned([_HEAD, *map(_row, upstream.keys)])
         yield f"  {next(lines)}"
         for key, line in zip(upstream.keys, lines, strict=True):
             yield f"  {line}"
             for closure in key.closures:
-                yield f"    {_closed(closure)}"
+                yield f"    {closed(closure)}"
             if key.counters.HasField("last_fault"):
                 yield f"    last fault {_last(key.counters.last_fault)}"
         for group in upstream.quota_groups:
@@ -129,10 +135,10 @@ def table(listing: admin_service_pb2.ListKeysResponse) -> Iterator[str]:
 def _row(key: admin_service_pb2.Key) -> tuple[str, ...]:
     counts = key.counters
     faults = " ".join(f"{each.fault}:{each.count}" for each in counts.faults)
-    used = f"{_seconds(counts.last_used_ago)} ago" if counts.HasField("last_used_ago") else "never"
+    used = f"{duration(counts.last_used_ago)} ago" if counts.HasField("last_used_ago") else "never"
     return (
         key.id,
-        _state(key.state),
+        state(key.state),
         key.quota_group,
         str(key.in_flight),
         str(counts.attempts),
@@ -154,21 +160,23 @@ def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield "  ".join(cells).rstrip()
 
 
-def _closed(closure: admin_service_pb2.Closure) -> str:
+def closed(closure: admin_service_pb2.Closure) -> str:
+    """What is closed, for how long, and why."""
     scope = _SCOPES.get(closure.scope, "something").format(_model(closure.model))
     until = ""
     if closure.HasField("opens_in") and closure.opens_in.ToNanoseconds() > 0:
-        until = f" for {_seconds(closure.opens_in)}"
-    return f"{_state(closure.state)}{until}: {scope} ({closure.fault or 'unknown'})"
+        until = f" for {duration(closure.opens_in)}"
+    return f"{state(closure.state)}{until}: {scope} ({closure.fault or 'unknown'})"
 
 
 def _last(fault: admin_service_pb2.LastFault) -> str:
     facts = (fault.fault, str(fault.http_status or ""), fault.upstream_code)
-    return f"{_plain(' '.join(filter(None, facts)))}, {_seconds(fault.ago)} ago"
+    return f"{_plain(' '.join(filter(None, facts)))}, {duration(fault.ago)} ago"
 
 
-def _state(state: admin_service_pb2.KeyState.ValueType) -> str:
-    name = admin_service_pb2.KeyState.Name(state)
+def state(number: admin_service_pb2.KeyState.ValueType) -> str:
+    """In words."""
+    name = admin_service_pb2.KeyState.Name(number)
     return name.removeprefix("KEY_STATE_").lower().replace("_", " ")
 
 
@@ -180,9 +188,9 @@ def _times(number: int) -> str:
     return "once" if number == 1 else f"{number} times"
 
 
-def _seconds(duration: Duration) -> str:
+def duration(span: Duration) -> str:
     """In the two largest units: `4.2s`, `3m 5s`, `2h 10m`, `4d 3h`."""
-    seconds = duration.ToNanoseconds() / 1e9
+    seconds = span.ToNanoseconds() / 1e9
     if seconds < 60:
         return f"{seconds:.1f}s"
     whole = round(seconds)

@@ -18,6 +18,8 @@ from tokenwire_service.timer import Within
 StreamChatResponse = chat_service_pb2.StreamChatResponse
 Snapshot = chat_service_pb2.Snapshot
 Write = Callable[[StreamChatResponse], Awaitable[None]]
+# Told how many deltas came at once, and with a stream's first ones the seconds since it began.
+Relayed = Callable[[int, float | None], None]
 
 # What is joined or held grows no further: a message must stay sendable, and memory bounded,
 # however much text comes at once. Half of the smallest limits.message_bytes.
@@ -43,6 +45,7 @@ class Outbox:
         now: Callable[[], float],
         write_timeout: float = math.inf,
         heartbeat: float = HEARTBEAT_SECONDS,
+        relayed: Relayed | None = None,
     ) -> None:
         self._write = write
         self._write_timeout = write_timeout
@@ -51,6 +54,7 @@ class Outbox:
         self._started = started
         self._now = now
         self._heartbeat = heartbeat
+        self._relayed = relayed
         self._writable = True  # not while a write is under way, nor after one that broke off
         self._pending: list[StreamChatResponse] = []
         self._joined_bytes = 0  # of the last one
@@ -70,12 +74,16 @@ class Outbox:
 
     async def send(self, events: Iterable[StreamChatResponse]) -> None:
         """Takes what arrived; writes it now, or at most `max_delay` later."""
+        deltas, begun = 0, self.first_delta_at is not None
         for event in events:
             if event.WhichOneof("event") == "delta":
+                deltas += 1
                 self.delivered_bytes += text_bytes(event.delta)
             self._queue(event)
         if self.first_delta_at is None:
             return
+        if self._relayed is not None and deltas:
+            self._relayed(deltas, None if begun else self.first_delta_at - self._started)
         if self._max_delay <= 0 or not self.committed or self._held_bytes >= _HOLD_BYTES:
             await self.flush()
         elif self._pending and self._flush_at == math.inf:

@@ -40,6 +40,7 @@ from tokenwire_service.interceptors import Boundary
 from tokenwire_service.keyfiles import FileUnusable, FileUsable, KeyFiles
 from tokenwire_service.keyring import KeyRing
 from tokenwire_service.pool import Pool
+from tokenwire_service.recent import Recent
 from tokenwire_service.relay import HEARTBEAT_SECONDS
 from tokenwire_service.retry import Backoff
 from tokenwire_service.secret import Scrubber
@@ -97,11 +98,12 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]  # no types are p
 
 @dataclass(frozen=True)
 class Running:
-    """A gateway that serves. `address` is where, with the port that was really bound; `admin` the
-    same for operators, empty where that is off."""
+    """A gateway that serves. `address` is where, with the port that was really bound; `admin` and
+    `page` the same for operators and of the status page, empty where they are off."""
 
     address: str
     admin: str
+    page: str
     gateway: Gateway
     server: grpc.aio.Server
     boundary: Boundary
@@ -134,7 +136,8 @@ async def serving(
     message. Raises ListenError if a port cannot be opened."""
     async with AsyncExitStack() as stack:
         counters = Counters()
-        observer = Observers(observer or LogObserver(logger), counters)
+        recent = Recent(lambda: gateway.in_flight)
+        observer = Observers(observer or LogObserver(logger), counters, recent)
         scrub = scrub or log_scrubber()
         pools: dict[str, Pool] = {}
         dialect = chooser()
@@ -149,6 +152,7 @@ async def serving(
             observer,
             backoff=Backoff(retries.backoff, retries.backoff_cap),
             heartbeat=heartbeat,
+            relayed=recent.relayed,
         )
         counter = TokenCounter(config.limits.tokenizer_bytes)
         stack.callback(counter.close)
@@ -187,8 +191,9 @@ async def serving(
             None if tls is None else lambda: Certificates(tls, logger).credentials(),
         )
         files = KeyFiles(config.upstreams)
-        servicer = AdminServicer(gateway, config, pools, counters, files, scrub, logger)
+        servicer = AdminServicer(gateway, config, pools, counters, recent, files, scrub, logger)
         admin = await _admin(servicer, config, logger, stack)
+        page = await _status_page(servicer, config, logger, stack)
         await server.start()
         stack.push_async_callback(server.stop, grace)
         scrub.replace(key.secret for pool in pools.values() for key in pool.ring.keys)
@@ -197,7 +202,7 @@ async def serving(
         stack.push_async_callback(_cancelled, watching)
         for name in ("", *SERVICES):
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-        yield Running(address, admin, gateway, server, boundary, health_servicer, pools)
+        yield Running(address, admin, page, gateway, server, boundary, health_servicer, pools)
 
 
 async def serve_until_signalled(
@@ -307,6 +312,21 @@ async def _admin(
     await server.start()
     stack.push_async_callback(server.stop, 0)
     return address
+
+
+async def _status_page(
+    servicer: AdminServicer, config: Config, logger: logging.Logger, stack: AsyncExitStack
+) -> str:
+    """Opens the status page; where, empty for nowhere."""
+    listen = config.status_page.listen
+    if listen == ADMIN_OFF:
+        return ""
+    from tokenwire_service import statuspage  # an HTTP server takes a while to load
+
+    try:
+        return await stack.enter_async_context(statuspage.serving(listen, servicer.status, logger))
+    except statuspage.PageError as error:
+        raise ListenError(str(error)) from None
 
 
 def _teller(

@@ -334,6 +334,13 @@ class Admin(Struct, frozen=True, kw_only=True):
     listen: AdminListen | None = None
 
 
+class StatusPage(Struct, frozen=True, kw_only=True):
+    """A page for people that shows the gateway live, by HTTP and only on this machine."""
+
+    # Port 0: any free one.
+    listen: AdminListen = ADMIN_OFF
+
+
 class Retries(Struct, frozen=True, kw_only=True):
     """Trying again while nothing has been delivered."""
 
@@ -585,6 +592,7 @@ class Config(Struct, frozen=True, kw_only=True):
     log: Log = Log()
     retries: Retries = Retries()
     admin: Admin = Admin()
+    status_page: StatusPage = StatusPage()
     # Between two looks at each file of keys, seconds. A change is taken once two looks in a row
     # have found the same.
     key_file_interval: Annotated[float, _duration("10ms", "1h")] = 1.0

@@ -323,7 +323,7 @@ HEADER = "a header name, neither set by the gateway nor for credentials"
 TEXT = "text (in quotes if it looks like something else)"
 FIELDS = (  # in order
     "listen, tls, callers, limits, timeouts, drain, reflection, log, retries, admin, "
-    "key_file_interval, upstreams, models"
+    "status_page, key_file_interval, upstreams, models"
 )
 ADMIN = 'host:port of the loopback interface, "[::1]:port" in quotes, unix:/path, or off'
 KEY = "a mapping with env or file (the key itself never stands here)"

@@ -584,3 +584,165 @@ class KeyFile(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___KeyFile: _TypeAlias = KeyFile  # noqa: Y015
+
+@_typing.final
+class WatchStatusRequest(_message.Message):
+    """Request for WatchStatus."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INTERVAL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def interval(self) -> _duration_pb2.Duration:
+        """Between two messages. Range: [100 ms, 1 min]; 1 s where it is not set. INVALID_ARGUMENT else."""
+
+    def __init__(
+        self,
+        *,
+        interval: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["interval", b"interval"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval", b"interval"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchStatusRequest: _TypeAlias = WatchStatusRequest  # noqa: Y015
+
+@_typing.final
+class WatchStatusResponse(_message.Message):
+    """Response for WatchStatus."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LISTING_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def listing(self) -> Global___ListKeysResponse:
+        """As ListKeys tells it, now."""
+
+    @_builtins.property
+    def seconds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Second]:
+        """Seconds that are over: in the first message up to 300 of them, in each further one those that
+        have ended since. Oldest first, without a gap.
+        """
+
+    def __init__(
+        self,
+        *,
+        listing: Global___ListKeysResponse | None = ...,
+        seconds: _abc.Iterable[Global___Second] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["listing", b"listing"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["listing", b"listing", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchStatusResponse: _TypeAlias = WatchStatusResponse  # noqa: Y015
+
+@_typing.final
+class Second(_message.Message):
+    """What happened in one second. Calls, attempts and their tokens count where they end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    SUCCEEDED_FIELD_NUMBER: _builtins.int
+    LEFT_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    RETRIES_FIELD_NUMBER: _builtins.int
+    FAULTS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    DELTAS_FIELD_NUMBER: _builtins.int
+    FIRST_TEXT_P50_FIELD_NUMBER: _builtins.int
+    FIRST_TEXT_P99_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Seconds since the gateway began to serve."""
+    in_flight: _builtins.int
+    """Calls that held a slot at its end, streams among them."""
+    succeeded: _builtins.int
+    """Calls that ended with OK."""
+    left: _builtins.int
+    """Calls that their callers cancelled."""
+    attempts: _builtins.int
+    """Attempts that ended."""
+    retries: _builtins.int
+    """Those of them that were not the first of their call."""
+    prompt_tokens: _builtins.int
+    """Tokens of prompts, as far as they are known."""
+    completion_tokens: _builtins.int
+    """Tokens of answers, as far as they are known."""
+    deltas: _builtins.int
+    """Pieces of answers that streams passed on while it lasted; for most providers a token each."""
+    @_builtins.property
+    def failed(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReasonCount]:
+        """The others, by the reason that was told, or the status code where none was."""
+
+    @_builtins.property
+    def faults(self) -> _containers.RepeatedCompositeFieldContainer[Global___FaultCount]:
+        """Those of them that met a fault."""
+
+    @_builtins.property
+    def first_text_p50(self) -> _duration_pb2.Duration:
+        """From the beginning of a call to its first text, for streams whose first text came in it: the
+        median. Not set where there was none.
+        """
+
+    @_builtins.property
+    def first_text_p99(self) -> _duration_pb2.Duration:
+        """The same: 99 of 100 were no slower."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        in_flight: _builtins.int = ...,
+        succeeded: _builtins.int = ...,
+        left: _builtins.int = ...,
+        failed: _abc.Iterable[Global___ReasonCount] | None = ...,
+        attempts: _builtins.int = ...,
+        retries: _builtins.int = ...,
+        faults: _abc.Iterable[Global___FaultCount] | None = ...,
+        prompt_tokens: _builtins.int = ...,
+        completion_tokens: _builtins.int = ...,
+        deltas: _builtins.int = ...,
+        first_text_p50: _duration_pb2.Duration | None = ...,
+        first_text_p99: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_text_p50", b"first_text_p50", "first_text_p99", b"first_text_p99"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "completion_tokens", b"completion_tokens", "deltas", b"deltas", "failed", b"failed", "faults", b"faults", "first_text_p50", b"first_text_p50", "first_text_p99", b"first_text_p99", "in_flight", b"in_flight", "left", b"left", "number", b"number", "prompt_tokens", b"prompt_tokens", "retries", b"retries", "succeeded", b"succeeded"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Second: _TypeAlias = Second  # noqa: Y015
+
+@_typing.final
+class ReasonCount(_message.Message):
+    """Calls that ended with the same reason."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """As `RATE_LIMITED`, or a status code, as `UNIMPLEMENTED`."""
+    count: _builtins.int
+    """How many."""
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReasonCount: _TypeAlias = ReasonCount  # noqa: Y015

@@ -40,6 +40,11 @@ class AdminServiceStub(object):
                 request_serializer=tokenwire_dot_admin_dot_v1_dot_admin__service__pb2.ListKeysRequest.SerializeToString,
                 response_deserializer=tokenwire_dot_admin_dot_v1_dot_admin__service__pb2.ListKeysResponse.FromString,
                 _registered_method=True)
+        self.WatchStatus = channel.unary_stream(
+                '/tokenwire.admin.v1.AdminService/WatchStatus',
+                request_serializer=tokenwire_dot_admin_dot_v1_dot_admin__service__pb2.WatchStatusRequest.SerializeToString,
+                response_deserializer=tokenwire_dot_admin_dot_v1_dot_admin__service__pb2.WatchStatusResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -53,6 +58,14 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchStatus(self, request, context):
+        """Tells how the gateway stands, at once and then again and again, until the caller leaves or the
+        gateway ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +73,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListKeys,
                     request_deserializer=tokenwire_dot_admin_dot_v1_dot_admin__service__pb2.ListKeysRequest.FromString,
                     response_serializer=tokenwire_dot_admin_dot_v1_dot_admin__service__pb2.ListKeysResponse.SerializeToString,
+            ),
+            'WatchStatus': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchStatus,
+                    request_deserializer=tokenwire_dot_admin_dot_v1_dot_admin__service__pb2.WatchStatusRequest.FromString,
+                    response_serializer=tokenwire_dot_admin_dot_v1_dot_admin__service__pb2.WatchStatusResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +108,33 @@ class AdminService(object):
             '/tokenwire.admin.v1.AdminService/ListKeys',
             tokenwire_dot_admin_dot_v1_dot_admin__service__pb2.ListKeysRequest.SerializeToString,
             tokenwire_dot_admin_dot_v1_dot_admin__service__pb2.ListKeysResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tokenwire.admin.v1.AdminService/WatchStatus',
+            tokenwire_dot_admin_dot_v1_dot_admin__service__pb2.WatchStatusRequest.SerializeToString,
+            tokenwire_dot_admin_dot_v1_dot_admin__service__pb2.WatchStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,10 @@ class AdminServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
     ListKeys: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListKeysRequest, _admin_service_pb2.ListKeysResponse]
     """Lists the keys of every upstream as they stand now, with what they have done so far."""
+    WatchStatus: _grpc.UnaryStreamMultiCallable[_admin_service_pb2.WatchStatusRequest, _admin_service_pb2.WatchStatusResponse]
+    """Tells how the gateway stands, at once and then again and again, until the caller leaves or the
+    gateway ends.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -45,6 +49,10 @@ class AdminServiceAsyncStub(AdminServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListKeys: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListKeysRequest, _admin_service_pb2.ListKeysResponse]  # type: ignore[assignment]
     """Lists the keys of every upstream as they stand now, with what they have done so far."""
+    WatchStatus: _aio.UnaryStreamMultiCallable[_admin_service_pb2.WatchStatusRequest, _admin_service_pb2.WatchStatusResponse]  # type: ignore[assignment]
+    """Tells how the gateway stands, at once and then again and again, until the caller leaves or the
+    gateway ends.
+    """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Reads a running gateway."""
@@ -56,5 +64,15 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.ListKeysResponse, _abc.Awaitable[_admin_service_pb2.ListKeysResponse]]:
         """Lists the keys of every upstream as they stand now, with what they have done so far."""
+
+    @_abc_1.abstractmethod
+    def WatchStatus(
+        self,
+        request: _admin_service_pb2.WatchStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_service_pb2.WatchStatusResponse], _abc.AsyncIterator[_admin_service_pb2.WatchStatusResponse]]:
+        """Tells how the gateway stands, at once and then again and again, until the caller leaves or the
+        gateway ends.
+        """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
