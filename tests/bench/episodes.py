@@ -104,8 +104,8 @@ async def overload(mock: Mock, folder: Path, lengths: Lengths) -> dict[str, Any]
     running, flood = _shape(RUNNING, lengths), _shape(TOO_MANY, lengths)
     with tokenwire(mock, folder, in_flight=DEFAULT) as system:
         alone = await load(running, system.target, lengths.seconds)
-        beside = asyncio.ensure_future(load(running, system.target, lengths.seconds + 2))
-        await asyncio.sleep(min(1.0, lengths.seconds))
+        beside = asyncio.ensure_future(load(running, system.target, 2 * lengths.seconds))
+        await asyncio.sleep(lengths.seconds / 4)
         flooded = await load(replace(flood, ramp=0.0), system.target, lengths.seconds)
         pressed = await beside
     return {

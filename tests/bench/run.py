@@ -49,7 +49,7 @@ class Parameters:
     @staticmethod
     def smoke() -> Parameters:
         """All shapes in the time of a test."""
-        return Parameters(0.25, 1, 1, 0.1, 0.01, miniature=True)
+        return Parameters(0.1, 1, 1, 0.1, 0.001, miniature=True)
 
 
 async def measure(scenario: Scenario, system: System, mock: Mock, seconds: float) -> dict[str, Any]:
