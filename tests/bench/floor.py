@@ -34,26 +34,30 @@ TOKENS = (
 _MODEL = re.compile(rb"bench(?:-[a-z][0-9.]+)*")
 
 Event = chat_service_pb2.StreamChatResponse
-_HEADER = Event(header={"id": "floor", "model": "bench"}).SerializeToString()
-_FINISH = Event(finish={"finish_reason": "FINISH_REASON_STOP"}).SerializeToString()
-_TRAILER = Event(trailer={"usage": {"total_tokens": 77}}).SerializeToString()
+_FACTS = chat_service_pb2.ResponseHeader(id="floor", model="bench")
+_USED = chat_pb2.Usage(total_tokens=77)
+_HEADER = Event(header=_FACTS).SerializeToString()
+_FINISH = Event(
+    finish=chat_service_pb2.Finish(finish_reason=chat_pb2.FINISH_REASON_STOP)
+).SerializeToString()
+_TRAILER = Event(trailer=chat_service_pb2.StreamTrailer(usage=_USED)).SerializeToString()
 
 
 def _delta(text: str) -> bytes:
-    return Event(delta={"content": text}).SerializeToString()
+    return Event(delta=chat_service_pb2.Delta(content=text)).SerializeToString()
 
 
 _DELTAS = tuple(_delta(token) for token in TOKENS)
 _STAMPED = _delta(" T" + "0" * 19)
 _CHAT = chat_service_pb2.ChatResponse(
-    header={"id": "floor", "model": "bench"},
+    header=_FACTS,
     choices=[
-        {
-            "message": chat_pb2.ChatMessage(role="assistant", content=WHOLE),
-            "finish_reason": "FINISH_REASON_STOP",
-        }
+        chat_service_pb2.Choice(
+            message=chat_pb2.ChatMessage(role="assistant", content=WHOLE),
+            finish_reason=chat_pb2.FINISH_REASON_STOP,
+        )
     ],
-    usage={"total_tokens": 77},
+    usage=_USED,
 ).SerializeToString()
 
 
@@ -94,7 +98,7 @@ async def _paced(context: Any, tokens: int, rate: float) -> None:
 
 async def serve(address: str) -> None:
     """Serves until killed, with the gateway's own options for messages and connections."""
-    handlers = {
+    handlers: dict[str, Any] = {
         "Chat": grpc.unary_unary_rpc_method_handler(chat),
         "StreamChat": grpc.unary_stream_rpc_method_handler(stream_chat),
     }

@@ -187,7 +187,7 @@ def exclusions(results: Results) -> str:
     """Runs that were dropped, or counted though they were not clean."""
     rows = []
     for scenario in SCENARIOS:
-        for name in (*_columns(results), DIRECT):
+        for name in _columns(results):
             kept = results.kept(scenario.name, name)
             if kept.dropped or kept.unclean or kept.generator_bound:
                 said = [f"{kept.dropped} dropped"] if kept.dropped else []
@@ -197,6 +197,19 @@ def exclusions(results: Results) -> str:
                 )
                 rows.append([scenario.title, name, "; ".join(said)])
     return table(["scenario", "system", "runs"], rows) if rows else "None."
+
+
+def capacity(results: Results) -> str:
+    """What the mock and the generator do on their core with no system between: they, not the
+    system, must have room."""
+    unary = results.rate("unary", DIRECT, "OK")
+    tokens = results.rate("stream-256", DIRECT, "tokens")
+    if unary is None or tokens is None:
+        return "The generator was not measured alone."
+    return (
+        f"Alone, over HTTP/1.1, mock and generator together do {number(unary)} unary calls or "
+        f"{number(tokens)} tokens of full-speed streams a second on their one core."
+    )
 
 
 def episodes(results: Results) -> str:
@@ -245,6 +258,9 @@ tree, read from /proc before and after each run, set-up and end of its calls inc
 completed request or per upstream content token that arrived. The generator checks every byte of
 every answer. Runs go in turns over the systems, forwards and backwards. A figure is the median
 of its runs [lowest-highest].
+
+Paced streams begin over half a second, a thousand of them over 3 s and 5,000 over 12 s, and last
+as long as a run: a thousand at least 10 s, 5,000 at least 40 s.
 
 Every scenario of a line ran in one session, so compare within a line. A stamp in each paced token
 tells its **lag**, from the mock's write to the generator's read. The **gap** is the time between
@@ -299,7 +315,7 @@ def render(results: Results) -> str:
         episodes(results),
         "",
         resources(results),
-        *("", "## Method", "", METHOD),
+        *("", "## Method", "", METHOD, "", capacity(results)),
         *("", "## What is left out", ""),
         f"Runs in which more than {foreign} of core 0 went to others are dropped where two clean "
         "ones remain, and counted here.",

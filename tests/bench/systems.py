@@ -77,7 +77,12 @@ def tokenwire(mock: Mock, folder: Path, *, in_flight: int = MANY) -> Iterator[Sy
         CONFIG.format(port=port, admin=admin, in_flight=in_flight, base_url=mock.base_url)
     )
     environ = {"BENCH_TOKEN": TOKEN, "BENCH_KEYS": ",".join(KEYS)}
-    command = [Path(sys.executable).parent / "tokenwire", "serve", "--config", config]
+    command: list[str | Path] = [
+        Path(sys.executable).parent / "tokenwire",
+        "serve",
+        "--config",
+        config,
+    ]
     began = time.monotonic()
     with program(command, SYSTEM_CORE, log=folder / "tokenwire.log", environ=environ) as process:
         address = f"127.0.0.1:{port}"
@@ -98,7 +103,7 @@ def tokenwire(mock: Mock, folder: Path, *, in_flight: int = MANY) -> Iterator[Sy
 def floor(_mock: Mock, folder: Path) -> Iterator[System]:
     """A bare grpc.aio server, in the gateway's interpreter."""
     address = f"127.0.0.1:{_free_port()}"
-    command = [sys.executable, "-m", "bench.floor", address]
+    command: list[str | Path] = [sys.executable, "-m", "bench.floor", address]
     with program(command, SYSTEM_CORE, log=folder / "floor.log") as process:
         _wait(process, folder / "floor.log", lambda: _open(address))
         settings = (
@@ -112,7 +117,7 @@ def floor(_mock: Mock, folder: Path) -> Iterator[System]:
 def relay(mock: Mock, folder: Path) -> Iterator[System]:
     """The plain relay in Go."""
     address = f"127.0.0.1:{_free_port()}"
-    command = [BUILT / "relay", address, mock.base_url, KEYS[-1]]
+    command: list[str | Path] = [BUILT / "relay", address, mock.base_url, KEYS[-1]]
     with program(command, SYSTEM_CORE, log=folder / "relay.log") as process:
         _wait(process, folder / "relay.log", lambda: _open(address))
         settings = (
@@ -135,7 +140,15 @@ def litellm(mock: Mock, folder: Path) -> Iterator[System]:
     config = folder / "litellm.yaml"
     config.write_text((HERE / "litellm.yaml").read_text().replace("BASE_URL", mock.base_url))
     python = ROOT / "build/servers/litellm/venv/bin"
-    command = [python / "litellm", "--config", config, "--host", "127.0.0.1", "--port", str(port)]
+    command: list[str | Path] = [
+        python / "litellm",
+        "--config",
+        config,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     environ = {
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         "LITELLM_TELEMETRY": "False",
@@ -156,7 +169,7 @@ def portkey(mock: Mock, folder: Path) -> Iterator[System]:
     """Portkey's gateway, from build/bench/portkey (see portkey/patch.py)."""
     port = _free_port()
     server = BUILT / "portkey/node_modules/@portkey-ai/gateway/build/start-server.js"
-    command = [_node(), server, f"--port={port}", "--headless"]
+    command: list[str | Path] = [_node(), server, f"--port={port}", "--headless"]
     environ = {"NODE_ENV": "production"}
     with program(command, SYSTEM_CORE, log=folder / "portkey.log", environ=environ) as process:
         url = f"http://127.0.0.1:{port}"
@@ -171,7 +184,9 @@ def portkey(mock: Mock, folder: Path) -> Iterator[System]:
         yield System(PORTKEY, to, process.pid, settings)
 
 
-STARTERS = {
+Starter = Callable[[Mock, Path], contextlib.AbstractContextManager[System]]
+
+STARTERS: dict[str, Starter] = {
     OURS: tokenwire,
     FLOOR: floor,
     RELAY: relay,
@@ -255,7 +270,7 @@ def _wait(process: subprocess.Popen[bytes], log: Path, ready: Callable[[], bool]
     give_up = time.monotonic() + _STARTS_WITHIN
     while not ready():
         if process.poll() is not None or time.monotonic() > give_up:
-            raise RuntimeError(f"{process.args} does not serve: {log.read_text()[-2000:]}")
+            raise RuntimeError(f"{process.args!r} does not serve: {log.read_text()[-2000:]}")
         time.sleep(0.002)
 
 

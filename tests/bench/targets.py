@@ -72,7 +72,9 @@ def _failed(scenario: str) -> Measure:
 def _episode(path: str) -> Measure:
     def measure(results: Results) -> float | None:
         found = results.episode(path)
-        return statistics.median(found) if isinstance(found, list) else found
+        if found is None:
+            return None
+        return statistics.median(found if isinstance(found, list) else [found])
 
     return measure
 

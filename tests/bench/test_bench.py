@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: every scenario in miniature, and the arithmetic of figures."""
+"""The benchmark measures what it says: each scenario in miniature; how figures are made of runs."""
 
 from __future__ import annotations
 
@@ -39,6 +39,22 @@ def built() -> None:
         env={**os.environ, "GOFLAGS": "-mod=readonly -buildvcs=false"},
         check=True,
     )
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.xdist_group("bench")
+def test_the_programs_in_go(built: None) -> None:
+    """Their own tests, and what `make check` asks of the Go client."""
+    environ = {**os.environ, "GOFLAGS": "-mod=readonly -buildvcs=false"}
+    for asked in (["go", "vet", "./..."], ["go", "test", "./..."]):
+        done = subprocess.run(
+            asked, cwd=GO, env=environ, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    unformatted = subprocess.run(
+        ["gofmt", "-l", "-s", "."], cwd=GO, capture_output=True, text=True, check=True
+    )
+    assert unformatted.stdout == ""
 
 
 @pytest.mark.timeout(300)
