@@ -296,7 +296,7 @@ def render(results: Results) -> str:
     lines += [
         *("", "## Goals", ""),
         targets(results),
-        *("", "## CPU", "", "Microseconds, median [range]. (f): with foreign load. "),
+        *("", "## CPU", "", "Microseconds, median [range]. (f): with foreign load."),
         f"(g): the generator used more than {GENERATOR:.0%} of its core, so the system could have "
         "done more; its CPU per unit stands.",
         "",

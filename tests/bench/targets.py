@@ -74,7 +74,7 @@ def _episode(path: str) -> Measure:
         found = results.episode(path)
         if found is None:
             return None
-        return statistics.median(found if isinstance(found, list) else [found])
+        return float(statistics.median(found if isinstance(found, list) else [found]))
 
     return measure
 
