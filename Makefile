@@ -175,7 +175,7 @@ check: $(BIN)/.complete $(CONTRACT)/.complete check-contract ## Everything CI ch
 BESIDE := --numprocesses 3 --dist loadgroup
 
 .PHONY: test
-test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete $(if $(CI),setup-wire build/servers/litellm/.complete) ## Run every test (ARGS="-k name" narrows)
+test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete $(if $(CI),setup-wire setup-bench build/servers/litellm/.complete) ## Run every test (ARGS="-k name" narrows)
 	$(BIN)/pytest $(if $(ARGS),,$(BESIDE)) $(ARGS)
 	@$(if $(ARGS),,$(call in-clients,test))
 
@@ -202,6 +202,43 @@ token-accuracy: $(BIN)/.complete ## Write docs/tokenizers.md: counts beside thos
 .PHONY: fuzz
 fuzz: $(BIN)/.complete ## Fuzz what reads upstreams' bytes (FUZZ_SECONDS=600 for each target)
 	@PYTHONPATH=tests $(BIN)/python -m fuzz.campaign $(or $(FUZZ_SECONDS),600)
+
+# --- benchmark ----------------------------------------------------------------------
+# Figures for docs/performance.md want a quiet machine with two cores: see tests/bench.
+
+BENCH := build/bench
+BENCH_SECONDS ?= 5
+BENCH_REPEATS ?= 3
+BENCH_COOL_SECONDS ?= 60
+BENCH_SOAK_MINUTES ?= 1
+BENCH_RUN = PYTHONPATH=tests $(BIN)/python -m bench.run --seconds $(BENCH_SECONDS) --repeats $(BENCH_REPEATS) \
+	--cool $(BENCH_COOL_SECONDS) --soak-minutes $(BENCH_SOAK_MINUTES)
+
+.PHONY: bench
+bench: $(BIN)/.complete setup-bench ## Measure the gateway beside a bare grpc.aio server and a Go relay (BENCH_SECONDS, BENCH_REPEATS)
+	@$(BENCH_RUN) $(ARGS)
+
+.PHONY: bench-smoke
+bench-smoke: $(BIN)/.complete setup-bench ## Every scenario in miniature: its figures mean nothing
+	@$(BENCH_RUN) --smoke $(ARGS)
+
+.PHONY: bench-peers
+bench-peers: $(BIN)/.complete setup-bench build/servers/litellm/.complete $(BENCH)/portkey/.complete ## The same with LiteLLM and Portkey; writes docs/performance.md
+	@$(BENCH_RUN) --peers --publish $(ARGS)
+
+# go sees itself what has changed. -p 2: the memory of others counts, too.
+.PHONY: setup-bench
+setup-bench: ## Build the benchmark's mock upstream, load generator and relay
+	@mkdir -p $(BENCH)
+	@(cd tests/bench/go && GOFLAGS="-mod=readonly -buildvcs=false" nice go build -p 2 -o "$(CURDIR)/$(BENCH)/" ./mock ./load ./relay) \
+		$(call missing,go cannot build the programs of tests/bench/go)
+
+$(BENCH)/portkey/.complete: $(addprefix tests/bench/portkey/,package.json package-lock.json .npmrc patch.py)
+	@mkdir -p $(@D)
+	@cp $(filter-out %.py,$^) $(@D)
+	@npm ci --prefix $(@D) --prefer-offline --ignore-scripts --no-audit --no-fund --loglevel=error >/dev/null
+	@$(PYTHON) tests/bench/portkey/patch.py $(@D)
+	@touch $@
 
 # --- use ----------------------------------------------------------------------------
 
