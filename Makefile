@@ -87,6 +87,16 @@ $(WIRE)/venv/.complete: tests/wire/requirements.txt
 setup-ruby:
 	@$(MAKE) --silent -C $(RUBY) available || $(MAKE) --silent -C $(RUBY) setup $(call missing,Ruby's gRPC cannot be installed)
 
+# A browser for tests/page. Debian's package, which only root installs.
+.PHONY: setup-page
+setup-page: ## Install Chromium, which the tests of the status page look through
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium >/dev/null; } \
+		$(call missing,Chromium cannot be installed)
+
+.PHONY: screenshots
+screenshots: $(BIN)/.complete ## Draw the pictures of the status page in docs/images anew
+	@TOKENWIRE_SCREENSHOTS=$(CURDIR)/docs/images CI=1 $(BIN)/pytest tests/page -k picture
+
 # Upstreams written by others, each apart: see tests/servers. CI tests against LiteLLM; the other two
 # are too heavy for it: gigabytes of torch, a quarter of an hour of C++.
 SERVERS := litellm transformers llama_cpp
@@ -175,7 +185,7 @@ check: $(BIN)/.complete $(CONTRACT)/.complete check-contract ## Everything CI ch
 BESIDE := --numprocesses 3 --dist loadgroup
 
 .PHONY: test
-test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete $(if $(CI),setup-wire setup-bench build/servers/litellm/.complete) ## Run every test (ARGS="-k name" narrows)
+test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete $(if $(CI),setup-wire setup-page setup-bench build/servers/litellm/.complete) ## Run every test (ARGS="-k name" narrows)
 	$(BIN)/pytest $(if $(ARGS),,$(BESIDE)) $(ARGS)
 	@$(if $(ARGS),,$(call in-clients,test))
 

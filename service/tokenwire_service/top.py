@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
@@ -86,27 +87,31 @@ def view(
 ) -> RenderableType:
     """All of it, as wide as `width` columns; what exceeds `height` lines is left out, and said."""
     parts: list[RenderableType] = [*_head(listing.gateway, list(seconds), width)]
-    room = None if height is None else height - len(parts) - 1
-    for upstream in listing.upstreams:
-        title = Text(
-            f"{upstream.name}  {upstream.in_flight} of {upstream.slots} slots, "
-            f"{upstream.queued} queued, {upstream.waiting} waiting for a key",
-            style="bold",
-            no_wrap=True,
-            overflow="ellipsis",
-        )
-        closed = [keytable.closed(each) for each in upstream.closures]
-        shown = len(upstream.keys)
-        if room is not None:
-            shown = max(0, min(shown, room - 3 - len(closed)))
-            room -= 3 + len(closed) + shown
-            if room < 0:
-                parts.append(Text("more upstreams: make the window higher, or tokenwire keys"))
-                break
-        parts += [Text(), title, *(Text(f"  {line}", style="yellow") for line in closed)]
-        parts.append(_keys(upstream.keys[:shown]))
-        if shown < len(upstream.keys):
-            parts.append(Text(f"  and {len(upstream.keys) - shown} more keys: tokenwire keys"))
+    room = math.inf if height is None else height - len(parts)  # lines
+    for number, upstream in enumerate(listing.upstreams):
+        head = [
+            Text(),
+            _line(
+                f"{upstream.name}  {upstream.in_flight} of {upstream.slots} slots, "
+                f"{upstream.queued} queued, {upstream.waiting} waiting for a key",
+                "bold",
+            ),
+            *(_line(f"  {keytable.closed(each)}", "yellow") for each in upstream.closures),
+        ]
+        further = len(listing.upstreams) - number - 1
+        lines = len(head) + 1 + len(upstream.keys)  # 1: the names of the columns
+        if lines + (1 if further else 0) <= room:
+            parts += [*head, _keys(upstream.keys)]
+            room -= lines
+            continue
+        shown = int(room) - len(head) - 2  # and a line for what is left out
+        if shown >= 1:
+            parts += [*head, _keys(upstream.keys[:shown])]
+            left = f"{len(upstream.keys) - shown} more keys, {further} more upstreams"
+        else:
+            left = f"{further + 1} more upstreams"
+        parts.append(_line(f"  {left}: a higher window shows more, tokenwire keys all", "dim"))
+        break
     return Group(*parts)
 
 

@@ -62,8 +62,8 @@ MUTANTS = (
     ),
     Mutant(
         "a header alone commits nothing",
-        "        if self.first_delta_at is None:\n            return\n        if self._max_delay",
-        "        if self._max_delay",
+        "            return\n        if self._relayed is not None and deltas:",
+        "            pass\n        if self._relayed is not None and deltas and begun:",
         (RELAY,),
     ),
     Mutant(

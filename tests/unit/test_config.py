@@ -1510,5 +1510,6 @@ def test_what_the_example_calls_defaults_are_defaults() -> None:
     text = EXAMPLE.read_text(encoding="utf-8")
     shared = text[: text.index("\nupstreams:")].replace("format: json", "format: ~")
     shared = shared.replace("listen: 127.0.0.1:50052", "listen: ~")
+    shared = shared.replace("listen: 127.0.0.1:50053", "listen: off")
     config = load_text(shared, {"OPENAI_API_KEY": "a"})
     assert config == load(None, {"OPENAI_API_KEY": "a"})

@@ -8,7 +8,8 @@ from google.protobuf.json_format import ParseDict
 
 from tokenwire.admin.v1 import admin_service_pb2
 from tokenwire_service.admin import _SCOPES, _STATES
-from tokenwire_service.keytable import _seconds, table
+from tokenwire_service.keytable import duration as shown_duration
+from tokenwire_service.keytable import table
 from tokenwire_service.snapshot import Scope, State
 
 LISTING = {
@@ -145,7 +146,7 @@ def test_a_gateway_without_anything_has_a_table() -> None:
 def test_durations_are_short(seconds: float, shown: str) -> None:
     duration = Duration()
     duration.FromNanoseconds(int(seconds * 1e9))
-    assert _seconds(duration) == shown
+    assert shown_duration(duration) == shown
 
 
 def test_the_contract_has_every_state_and_scope() -> None:

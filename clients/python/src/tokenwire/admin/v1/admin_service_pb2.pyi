@@ -594,7 +594,7 @@ class WatchStatusRequest(_message.Message):
     INTERVAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def interval(self) -> _duration_pb2.Duration:
-        """Between two messages. Range: [100 ms, 1 min]; 1 s where it is not set. INVALID_ARGUMENT else."""
+        """Between two messages, from 100 ms to 1 min, else INVALID_ARGUMENT; 1 s where it is not set."""
 
     def __init__(
         self,
