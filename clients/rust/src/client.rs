@@ -512,9 +512,13 @@ impl TokenizeCall {
             return Err(Error::invalid("model", "expected the name of a model"));
         }
         let call = client.call(Method::Tokenize, options)?;
+        let asked = texts.len();
         let request = v1::TokenizeRequest { model, texts };
         let response: v1::TokenizeResponse = client.shared.transport.unary(call, request).await?;
-        Ok(response.lists)
+        match response.lists.len() {
+            got if got == asked => Ok(response.lists),
+            got => Err(Error::incomplete(format!("got the tokens of {got} of {asked} texts"))),
+        }
     }
 }
 
@@ -553,14 +557,18 @@ impl ModelsCall {
                 cancelled: None,
             };
             let call = client.call(Method::ListModels, options)?;
-            let request = v1::ListModelsRequest { page_size, page_token };
+            let request = v1::ListModelsRequest { page_size, page_token: page_token.clone() };
             let page = client.shared.transport.unary(call, request);
             let page: v1::ListModelsResponse = limits.over(page).await?;
             models.extend(page.models);
-            page_token = page.next_page_token;
-            if page_token.is_empty() {
+            if page.next_page_token.is_empty() {
                 return Ok(models);
             }
+            if page.next_page_token == page_token {
+                let message = "the list of models goes on with the page just read";
+                return Err(Error::incomplete(message));
+            }
+            page_token = page.next_page_token;
         }
     }
 }
@@ -585,7 +593,7 @@ impl ModelCall {
         let call = client.call(Method::GetModel, options)?;
         let request = v1::GetModelRequest { name };
         let response: v1::GetModelResponse = client.shared.transport.unary(call, request).await?;
-        Ok(response.model.unwrap_or_default())
+        response.model.ok_or_else(|| Error::incomplete("got an answer without a model"))
     }
 }
 

@@ -299,10 +299,18 @@ impl Batch {
                 }
             };
             // A result that is not set is a heartbeat, or newer than this crate.
-            let (Some(ended), Ok(index)) = (message.result, usize::try_from(message.index)) else {
-                continue;
-            };
+            let Some(ended) = message.result else { continue };
             let request_id = &self.receiving.request_id;
+            let index = usize::try_from(message.index).unwrap_or(usize::MAX);
+            if index >= self.custom_ids.len() || self.results.contains_key(&index) {
+                self.ended = true;
+                let message = format!(
+                    "got a result of item {}, which is none of the batch or had one",
+                    message.index
+                );
+                let error = Error::incomplete(message).with_request_id(request_id);
+                return Poll::Ready(Some(Err(error)));
+            }
             let result = match ended {
                 batch_chat_response::Result::Response(reply) => Ok(Reply::new(reply, request_id)),
                 batch_chat_response::Result::Error(status) => {

@@ -814,6 +814,86 @@ async fn a_batch_that_lost_items_is_an_error_for_those() {
     assert_eq!(results[1].result.as_ref().unwrap().text(), "two");
 }
 
+/// A gateway that answers every call with OK and these messages, whatever was asked.
+async fn odd_gateway(messages: Vec<Vec<u8>>) -> Client {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let target = listener.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            let messages = messages.clone();
+            tokio::spawn(async move {
+                let mut connection = h2::server::handshake(socket).await.unwrap();
+                while let Some(Ok((request, mut respond))) = connection.accept().await {
+                    let messages = messages.clone();
+                    tokio::spawn(async move {
+                        let mut body = request.into_body();
+                        while let Some(Ok(data)) = body.data().await {
+                            let _ = body.flow_control().release_capacity(data.len());
+                        }
+                        let head = http::Response::builder()
+                            .header("content-type", "application/grpc")
+                            .body(())
+                            .unwrap();
+                        let mut answer = respond.send_response(head, false).unwrap();
+                        for message in messages {
+                            let mut frame = vec![0];
+                            frame.extend(u32::try_from(message.len()).unwrap().to_be_bytes());
+                            frame.extend(message);
+                            answer.send_data(frame.into(), false).unwrap();
+                        }
+                        let mut trailers = http::HeaderMap::new();
+                        trailers.insert("grpc-status", http::HeaderValue::from_static("0"));
+                        answer.send_trailers(trailers).unwrap();
+                    });
+                }
+            });
+        }
+    });
+    Client::builder(target).token("").connect_lazy().unwrap()
+}
+
+/// The message as it travels.
+fn encoded(message: &impl prost::Message) -> Vec<u8> {
+    message.encode_to_vec()
+}
+
+#[tokio::test]
+async fn a_batch_with_results_of_no_item_is_an_error() {
+    let result = |index| {
+        let reply = v1::ChatResponse { choices: vec![v1::Choice::default()], ..<_>::default() };
+        let result = Some(v1::batch_chat_response::Result::Response(reply));
+        encoded(&v1::BatchChatResponse { index, result, ..<_>::default() })
+    };
+    for (indexes, told) in [(vec![0, 2], 1), (vec![0, -1], 1), (vec![1, 1, 0], 1), (vec![7], 0)] {
+        let client = odd_gateway(indexes.iter().map(|&index| result(index)).collect()).await;
+        let mut batch = client.batch(["a", "b"]).model("any").send().await.unwrap();
+        for _ in 0..told {
+            assert!(batch.next().await.unwrap().is_ok());
+        }
+        let error = batch.next().await.unwrap().unwrap_err();
+        assert_eq!((error.code(), error.reason()), (Code::Internal, STREAM_INCOMPLETE));
+        assert!(batch.next().await.is_none());
+    }
+}
+
+#[tokio::test]
+async fn an_ok_that_lacks_what_was_asked_for_is_an_error() {
+    let lists = v1::TokenizeResponse { lists: vec![<_>::default()], ..<_>::default() };
+    let client = odd_gateway(vec![encoded(&lists)]).await;
+    let error = client.tokenize(["a", "b"]).model("m").send().await.unwrap_err();
+    assert_eq!(error.message(), "got the tokens of 1 of 2 texts");
+    assert_eq!(error.reason(), STREAM_INCOMPLETE);
+
+    let client = odd_gateway(vec![encoded(&v1::GetModelResponse::default())]).await;
+    let error = client.model("m").send().await.unwrap_err();
+    assert_eq!(error.reason(), STREAM_INCOMPLETE);
+
+    let page = v1::ListModelsResponse { next_page_token: "again".into(), ..<_>::default() };
+    let client = odd_gateway(vec![encoded(&page)]).await;
+    let listed = tokio::time::timeout(Duration::from_secs(10), client.models().send()).await;
+    assert_eq!(listed.expect("an end").unwrap_err().reason(), STREAM_INCOMPLETE);
+}
+
 #[tokio::test]
 async fn dropping_a_batch_cancels_what_is_not_answered() {
     let gateway = FakeGateway::start();
