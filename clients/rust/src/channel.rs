@@ -196,8 +196,34 @@ struct Replicas {
 struct Replica {
     address: String,
     channel: Channel,
+    /// Outages in a row.
     failures: u32,
     rests_until: Option<Instant>,
+    /// It has been connected to, or has answered, and has not failed since.
+    ready: bool,
+    connecting: bool,
+}
+
+impl Replica {
+    fn failed(&mut self, now: Instant) {
+        (self.ready, self.connecting) = (false, false);
+        // Of calls that fail together the first one tells of the outage, the others of the same.
+        if self.rests_until.is_some_and(|until| until > now) {
+            return;
+        }
+        let rest = REST.saturating_mul(1 << self.failures.min(10)).min(LONGEST_REST);
+        self.rests_until = Some(now + rest);
+        self.failures += 1;
+    }
+
+    fn is_back(&mut self) {
+        (self.ready, self.connecting) = (true, false);
+        (self.failures, self.rests_until) = (0, None);
+    }
+
+    fn is_awake(&self, now: Instant) -> bool {
+        self.rests_until.is_none_or(|until| until <= now)
+    }
 }
 
 /// A replica to try.
@@ -241,6 +267,7 @@ impl Gateway {
                     let mut replicas = locked(replicas);
                     if let Some(replica) = replicas.all.iter_mut().find(|r| r.address == address) {
                         replica.channel = channel;
+                        replica.is_back();
                     }
                     return Ok(());
                 }
@@ -264,8 +291,17 @@ impl Gateway {
         };
         self.resolved().await?;
         let mut state = locked(replicas);
+        let now = Instant::now();
         refresh(settings, replicas, &mut state);
-        Ok(state.pick(tried, Instant::now()))
+        let picked = state.pick(tried, now);
+        let others = |replica: &&mut Replica| {
+            picked.as_ref().is_none_or(|picked| picked.address != replica.address)
+                && replica.is_awake(now)
+        };
+        for replica in state.all.iter_mut().filter(others) {
+            connect_behind(settings, replicas, replica);
+        }
+        Ok(picked)
     }
 
     /// Waits for the first addresses.
@@ -288,9 +324,7 @@ impl Gateway {
         let Way::Found { replicas, .. } = &self.way else { return };
         let mut state = locked(replicas);
         if let Some(replica) = state.all.iter_mut().find(|r| r.address == address) {
-            let rest = REST.saturating_mul(1 << replica.failures.min(10)).min(LONGEST_REST);
-            replica.rests_until = Some(Instant::now() + rest);
-            replica.failures += 1;
+            replica.failed(Instant::now());
         }
     }
 
@@ -299,7 +333,7 @@ impl Gateway {
         let Way::Found { replicas, .. } = &self.way else { return };
         let mut state = locked(replicas);
         if let Some(replica) = state.all.iter_mut().find(|r| r.address == picked.address) {
-            (replica.failures, replica.rests_until) = (0, None);
+            replica.is_back();
         }
     }
 }
@@ -336,15 +370,42 @@ fn refresh(settings: &Settings, replicas: &Arc<Mutex<Replicas>>, state: &mut Rep
     });
 }
 
+/// Connects to a replica that is not ready, behind the calls' back: those go to others meanwhile.
+fn connect_behind(settings: &Settings, replicas: &Arc<Mutex<Replicas>>, replica: &mut Replica) {
+    if replica.ready || replica.connecting {
+        return;
+    }
+    let Ok(endpoint) = settings.endpoint(&replica.address) else { return };
+    replica.connecting = true;
+    let (address, replicas) = (replica.address.clone(), Arc::downgrade(replicas));
+    tokio::spawn(async move {
+        let connected = endpoint.connect().await;
+        let Some(replicas) = replicas.upgrade() else { return };
+        let mut state = locked(&replicas);
+        let Some(replica) = state.all.iter_mut().find(|r| r.address == address) else { return };
+        match connected {
+            // A call may have been quicker: its connection stays.
+            Ok(_) if replica.ready => replica.connecting = false,
+            Ok(channel) => {
+                replica.channel = channel;
+                replica.is_back();
+            }
+            Err(_) => replica.failed(Instant::now()),
+        }
+    });
+}
+
 impl Replicas {
+    /// The next one that is ready; without any the next that does not rest; else the one that
+    /// rests the shortest.
     fn pick(&mut self, tried: &[Picked], now: Instant) -> Option<Picked> {
         let count = self.all.len();
         let free = |replica: &Replica| tried.iter().all(|picked| picked.address != replica.address);
-        let awake = |replica: &Replica| replica.rests_until.is_none_or(|until| until <= now);
         let turns = (0..count).map(|i| (self.turn + i) % count);
         let at = turns
             .clone()
-            .find(|&at| free(&self.all[at]) && awake(&self.all[at]))
+            .find(|&at| free(&self.all[at]) && self.all[at].ready)
+            .or_else(|| turns.clone().find(|&at| free(&self.all[at]) && self.all[at].is_awake(now)))
             // All rest: one of them may be back.
             .or_else(|| {
                 turns.filter(|&at| free(&self.all[at])).min_by_key(|&at| self.all[at].rests_until)
@@ -366,7 +427,14 @@ impl Replicas {
                 before.swap_remove(at)
             } else {
                 let channel = settings.endpoint(&address)?.connect_lazy();
-                Replica { address, channel, failures: 0, rests_until: None }
+                Replica {
+                    address,
+                    channel,
+                    failures: 0,
+                    rests_until: None,
+                    ready: false,
+                    connecting: false,
+                }
             };
             self.all.push(replica);
         }
@@ -501,5 +569,47 @@ mod tests {
         let failures: Vec<_> =
             locked(replicas).all.iter().map(|replica| replica.failures).collect();
         assert_eq!(failures, [1, 0]);
+    }
+
+    fn replicas(addresses: &[&str]) -> Replicas {
+        let settings = Settings {
+            target: Target::parse("gateway:1").unwrap(),
+            tls: None,
+            configure: Arc::new(|endpoint| endpoint),
+        };
+        let mut replicas = Replicas::default();
+        let addresses = addresses.iter().map(ToString::to_string).collect();
+        replicas.become_these(&settings, addresses).unwrap();
+        replicas
+    }
+
+    #[tokio::test]
+    async fn an_outage_is_counted_once_however_many_calls_meet_it() {
+        let mut replica = replicas(&["127.0.0.1:1"]).all.remove(0);
+        let now = Instant::now();
+        (0..100).for_each(|_| replica.failed(now));
+        assert_eq!((replica.failures, replica.rests_until), (1, Some(now + REST)));
+        replica.failed(now + REST);
+        assert_eq!(replica.rests_until, Some(now + REST + 2 * REST));
+        replica.is_back();
+        replica.failed(now);
+        assert_eq!(replica.rests_until, Some(now + REST));
+    }
+
+    #[tokio::test]
+    async fn calls_take_turns_among_ready_replicas_and_meet_others_only_without_one() {
+        let now = Instant::now();
+        let mut replicas = replicas(&["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"]);
+        let next = |replicas: &mut Replicas| replicas.pick(&[], now).unwrap().address;
+        assert_eq!(next(&mut replicas), "127.0.0.1:1"); // which is silent, as of now
+        replicas.all[1].is_back();
+        replicas.all[2].is_back();
+        let met: Vec<_> = (0..4).map(|_| next(&mut replicas)).collect();
+        assert_eq!(met, ["127.0.0.1:2", "127.0.0.1:3", "127.0.0.1:2", "127.0.0.1:3"]);
+        replicas.all[1].failed(now);
+        replicas.all[2].failed(now);
+        assert_eq!(next(&mut replicas), "127.0.0.1:1");
+        replicas.all[0].failed(now);
+        assert!(replicas.pick(&[], now).is_some(), "one of those that rest may be back");
     }
 }
