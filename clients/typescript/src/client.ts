@@ -10,11 +10,7 @@ import {
   ChatService,
   type StreamChatResponse,
 } from "./gen/tokenwire/v1/chat_service_pb.js";
-import {
-  type Model as ModelProto,
-  ModelSchema,
-  ModelService,
-} from "./gen/tokenwire/v1/model_service_pb.js";
+import { type Model as ModelProto, ModelService } from "./gen/tokenwire/v1/model_service_pb.js";
 import { TokenizerService } from "./gen/tokenwire/v1/tokenizer_service_pb.js";
 import {
   Accumulator,
@@ -147,7 +143,7 @@ export class Tokenwire implements AsyncDisposable {
    * Like `batch`, all at once and in the order of the items.
    *
    * When the batch as a whole fails after some results, the items without one have that failure as
-   * their error; when it fails before any, it is thrown.
+   * their error; when it fails before any, or is aborted, it is thrown.
    */
   async batchOrdered(
     items: Iterable<BatchItem>,
@@ -171,9 +167,10 @@ export class Tokenwire implements AsyncDisposable {
     options: CallOptions & { model: string },
   ): Promise<TokenList[]> {
     const request = tokenizeRequest(texts, options);
-    const { lists } = await this.#transport.unary(
-      prepared(TokenizerService.method.tokenize, request, options, this.#timeoutMs),
-    );
+    const call = prepared(TokenizerService.method.tokenize, request, options, this.#timeoutMs);
+    const { lists } = await this.#transport.unary(call);
+    const [got, asked] = [lists.length, request.texts.length];
+    if (got !== asked) throw incomplete(`got the tokens of ${got} of ${asked} texts`, call);
     return lists.map(({ ids, pieces }) => ({ ids, pieces }));
   }
 
@@ -184,10 +181,12 @@ export class Tokenwire implements AsyncDisposable {
     let pageToken = "";
     do {
       const request = create(ModelService.method.listModels.input, { pageToken });
-      const page = await this.#transport.unary(
-        prepared(ModelService.method.listModels, request, options, this.#timeoutMs),
-      );
+      const call = prepared(ModelService.method.listModels, request, options, this.#timeoutMs);
+      const page = await this.#transport.unary(call);
       models.push(...page.models.map(modelOf));
+      if (pageToken !== "" && page.nextPageToken === pageToken) {
+        throw incomplete("the list of models goes on with the page just read", call);
+      }
       pageToken = page.nextPageToken;
     } while (pageToken !== "");
     return models;
@@ -197,10 +196,10 @@ export class Tokenwire implements AsyncDisposable {
   async model(name: string, options: CallOptions = {}): Promise<Model> {
     onlyCallOptions(options);
     const request = create(ModelService.method.getModel.input, { name });
-    const { model } = await this.#transport.unary(
-      prepared(ModelService.method.getModel, request, options, this.#timeoutMs),
-    );
-    return modelOf(model ?? create(ModelSchema));
+    const call = prepared(ModelService.method.getModel, request, options, this.#timeoutMs);
+    const { model } = await this.#transport.unary(call);
+    if (model === undefined) throw incomplete("got an answer without a model", call);
+    return modelOf(model);
   }
 
   /** Cancel what runs and close the connection. */
@@ -259,8 +258,8 @@ abstract class OneLoop<M, Item> implements AsyncIterable<Item>, AsyncDisposable 
       }
       this.end();
     } catch (error) {
+      this.cancel(); // what is refused here goes on there
       if (error instanceof TokenwireError) throw this.failed(error);
-      this.cancel();
       throw error;
     }
     return undefined;
@@ -453,6 +452,7 @@ export type BatchResult = {
 export class BatchStream extends OneLoop<BatchChatResponse, BatchResult> {
   readonly #customIds: readonly string[];
   readonly #results = new Map<number, BatchResult>();
+  #mixedUp = false;
 
   /** @internal */
   constructor(
@@ -469,8 +469,10 @@ export class BatchStream extends OneLoop<BatchChatResponse, BatchResult> {
     try {
       for await (const _ of this);
     } catch (error) {
-      // The results that did arrive have been paid for.
+      // The results that did arrive have been paid for. Yet who has left does not want them, and
+      // nobody knows whose they are where some were of no item.
       if (!(error instanceof TokenwireError) || this.#results.size === 0) throw error;
+      if (error.code === "CANCELLED" || this.#mixedUp) throw error;
       for (const index of this.#missing()) {
         this.#results.set(index, failedItem(index, this.#customIds[index] ?? "", error));
       }
@@ -481,6 +483,13 @@ export class BatchStream extends OneLoop<BatchChatResponse, BatchResult> {
   protected override receive(message: BatchChatResponse): BatchResult | undefined {
     const { index, customId, result } = message;
     if (result.case === undefined) return undefined;
+    if (!(index in this.#customIds) || this.#results.has(index)) {
+      this.#mixedUp = true;
+      throw new TokenwireError(
+        `got a result of item ${index}, which is none of the batch or had one`,
+        { code: "INTERNAL", reason: INCOMPLETE, requestId: this.requestId },
+      );
+    }
     let item: BatchResult;
     if (result.case === "response") {
       const reply = new Reply(result.value, this.requestId);
@@ -516,6 +525,12 @@ function failedItem(index: number, customId: string, error: TokenwireError): Bat
     throw error;
   };
   return { index, customId, error, unwrap };
+}
+
+/** An OK that lacks what was asked for is none. */
+function incomplete(message: string, call: { requestId: string }): TokenwireError {
+  const { requestId } = call;
+  return new TokenwireError(message, { code: "INTERNAL", reason: INCOMPLETE, requestId });
 }
 
 // --- calls ----------------------------------------------------------------------------

@@ -116,7 +116,36 @@ export class Transport {
     };
     ready(); // do not ask for a token in vain
     const pending = this.#endpoint.authorize(metadata);
-    return pending instanceof Promise ? pending.then(ready) : ready();
+    if (!(pending instanceof Promise)) return ready();
+    return this.#inTime(pending, call).then(ready);
+  }
+
+  /** What the token's supplier settles to, unless the call ends before: then the call's error. */
+  async #inTime(pending: Promise<void>, call: Call<DescMessage, DescMessage>): Promise<void> {
+    const { requestId, signal, timeoutMs } = call;
+    let leave: (error: TokenwireError) => void = () => {};
+    const ended = new Promise<never>((_, reject) => {
+      leave = reject;
+    });
+    const cancel = () =>
+      leave(
+        signal?.aborted
+          ? aborted(call, signal)
+          : new TokenwireError("the client was closed", { code: "CANCELLED", requestId }),
+      );
+    const late = () => {
+      const message = "the token's supplier did not answer within the call's timeout";
+      leave(new TokenwireError(message, { code: "DEADLINE_EXCEEDED", requestId }));
+    };
+    const timer =
+      timeoutMs === undefined ? undefined : setTimeout(late, Math.min(timeoutMs, LONGEST_TIMER));
+    const done = this.#watched({ cancel }, signal);
+    try {
+      await Promise.race([pending, ended]);
+    } finally {
+      clearTimeout(timer);
+      done();
+    }
   }
 
   #watched(rpc: { cancel(): void }, signal: AbortSignal | undefined): () => void {
@@ -130,6 +159,8 @@ export class Transport {
     };
   }
 }
+
+const LONGEST_TIMER = 2 ** 31 - 1; // milliseconds; setTimeout fires at once for more
 
 interface Prepared {
   metadata: grpc.Metadata;

@@ -47,6 +47,23 @@ test("a supplier that throws: its own error, and nothing is sent", async (t) => 
   assert.equal(gateway.calls.length, 0);
 });
 
+test("a supplier that never answers: the call ends as if it ran", async (t) => {
+  const { gateway, client } = await pair(t, { token: () => new Promise(() => {}) });
+  const late = await failure(client.chat("x", { model, timeoutMs: 50 }));
+  assert.equal(late.code, "DEADLINE_EXCEEDED");
+  const slow = await failure(client.stream("x", { model, timeoutMs: 50 }).reply());
+  assert.equal(slow.code, "DEADLINE_EXCEEDED");
+  const controller = new AbortController();
+  const waiting = failure(client.chat("x", { model, signal: controller.signal }));
+  setTimeout(() => controller.abort("enough"), 10);
+  const aborted = await waiting;
+  assert.deepEqual([aborted.code, aborted.cause], ["CANCELLED", "enough"]);
+  const left = failure(client.stream("x", { model }).reply());
+  setTimeout(() => client.close(), 10);
+  assert.equal((await left).code, "CANCELLED");
+  assert.equal(gateway.calls.length, 0);
+});
+
 test("a token with a space or a line end is refused, and never shown", async (t) => {
   for (const token of ["secret value", "secret\n", "secrét"]) {
     const told = (error: Error) =>

@@ -1,15 +1,21 @@
 import assert from "node:assert/strict";
-import { test } from "node:test";
+import { createServer, type ServerHttp2Session } from "node:http2";
+import type { AddressInfo } from "node:net";
+import { type TestContext, test } from "node:test";
 import { type Message, Tokenwire } from "tokenwire";
 import { FakeGateway, heartbeat, toolCall } from "tokenwire/testing";
 import {
   BatchChatRequestSchema,
+  BatchChatResponseSchema,
   ChatRequestSchema,
   CountTokensRequestSchema,
   create,
   DeltaSchema,
+  ListModelsResponseSchema,
   StreamChatRequestSchema,
   StreamChatResponseSchema,
+  TokenizeResponseSchema,
+  toBinary,
 } from "tokenwire/v1";
 import { all, arrived, failure, pair } from "./harness.js";
 
@@ -401,6 +407,75 @@ test("a batch that fails as a whole: what had arrived has been paid for", async 
   gateway.hang();
   const error = await failure(client.batchOrdered(["1"], { model, timeoutMs: 200 }));
   assert.equal(error.code, "DEADLINE_EXCEEDED");
+});
+
+test("an aborted batch is no batch", async (t) => {
+  const { gateway, client } = await pair(t);
+  gateway.hang().reply("two");
+  const controller = new AbortController();
+  const batch = client.batch(["1", "2"], { model, signal: controller.signal });
+  const ordered = failure(batch.ordered());
+  setTimeout(() => controller.abort(), 200);
+  assert.equal((await ordered).code, "CANCELLED");
+});
+
+// --- OKs that are none ----------------------------------------------------------------
+
+/** A client of a gateway that answers each method of `answers` with OK and these messages. */
+async function odd(t: TestContext, answers: Record<string, Uint8Array[]>): Promise<Tokenwire> {
+  const server = createServer();
+  const sessions: ServerHttp2Session[] = [];
+  server.on("session", (session) => sessions.push(session));
+  server.on("stream", (stream, headers) => {
+    const head = { ":status": 200, "content-type": "application/grpc" };
+    stream.respond(head, { waitForTrailers: true });
+    stream.on("wantTrailers", () => stream.sendTrailers({ "grpc-status": "0" }));
+    for (const message of answers[String(headers[":path"]).split("/").at(-1) ?? ""] ?? []) {
+      const frame = Buffer.alloc(5);
+      frame.writeUInt32BE(message.length, 1);
+      stream.write(Buffer.concat([frame, message]));
+    }
+    stream.end();
+    stream.resume();
+  });
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  const client = new Tokenwire({ target: `127.0.0.1:${(server.address() as AddressInfo).port}` });
+  t.after(() => {
+    client.close();
+    for (const session of sessions) session.destroy();
+    server.close();
+  });
+  return client;
+}
+
+test("batch results of no item, or two of one, are refused", async (t) => {
+  for (const indexes of [[0, 2], [0, -1], [1, 1, 0], [7], [0, 1, 1]]) {
+    const BatchChat = indexes.map((index) =>
+      toBinary(
+        BatchChatResponseSchema,
+        create(BatchChatResponseSchema, { index, result: { case: "response", value: {} } }),
+      ),
+    );
+    const client = await odd(t, { BatchChat });
+    const error = await failure(all(client.batch(["a", "b"], { model })));
+    assert.deepEqual([error.code, error.reason], ["INTERNAL", "STREAM_INCOMPLETE"], `${indexes}`);
+    const ordered = await failure(client.batchOrdered(["a", "b"], { model }));
+    assert.equal(ordered.reason, "STREAM_INCOMPLETE", `${indexes}`);
+  }
+});
+
+test("an OK that lacks what was asked for is an error", async (t) => {
+  const lists = create(TokenizeResponseSchema, { lists: [{}] });
+  const page = create(ListModelsResponseSchema, { nextPageToken: "again" });
+  const client = await odd(t, {
+    Tokenize: [toBinary(TokenizeResponseSchema, lists)],
+    ListModels: [toBinary(ListModelsResponseSchema, page)],
+    GetModel: [new Uint8Array()],
+  });
+  const fewer = await failure(client.tokenize(["a", "b"], { model }));
+  assert.match(fewer.message, /tokens of 1 of 2 texts/);
+  assert.equal((await failure(client.models())).reason, "STREAM_INCOMPLETE");
+  assert.equal((await failure(client.model("m"))).reason, "STREAM_INCOMPLETE");
 });
 
 // --- tokens and models ----------------------------------------------------------------
