@@ -1,5 +1,6 @@
 package io.tokenwire;
 
+import io.grpc.Status;
 import io.tokenwire.v1.BatchChatItem;
 import io.tokenwire.v1.BatchChatResponse;
 import java.util.ArrayList;
@@ -58,9 +59,14 @@ public final class BatchStream implements Iterable<BatchResult>, AutoCloseable {
         results.end();
         return null;
       }
-      BatchResult result = results.add(message);
-      if (result != null) {
-        return result;
+      try {
+        BatchResult result = results.add(message);
+        if (result != null) {
+          return result;
+        }
+      } catch (TokenwireException e) {
+        inbox.cancel(); // what is refused here goes on there
+        throw e;
       }
     }
   }
@@ -89,6 +95,7 @@ public final class BatchStream implements Iterable<BatchResult>, AutoCloseable {
     private final JsonCodec json;
     private final BatchResult[] results;
     private int missing;
+    private boolean mixedUp;
 
     Results(String requestId, List<BatchChatItem> items, JsonCodec json) {
       this.requestId = requestId;
@@ -98,12 +105,9 @@ public final class BatchStream implements Iterable<BatchResult>, AutoCloseable {
       missing = items.size();
     }
 
-    /** The result in a message; null for one newer than this package, or of no item. */
+    /** The result in a message; null for one newer than this package, or a heartbeat. */
     BatchResult add(BatchChatResponse message) {
       int index = message.getIndex();
-      if (index < 0 || index >= results.length) {
-        return null;
-      }
       Reply reply = null;
       TokenwireException error = null;
       switch (message.getResultCase()) {
@@ -113,7 +117,14 @@ public final class BatchStream implements Iterable<BatchResult>, AutoCloseable {
           return null;
         }
       }
-      missing -= results[index] == null ? 1 : 0;
+      if (index < 0 || index >= results.length || results[index] != null) {
+        mixedUp = true;
+        throw TokenwireException.incomplete(
+            "got a result of item " + index + ", which is none of the batch or had one",
+            requestId,
+            null);
+      }
+      missing--;
       results[index] = new BatchResult(index, message.getCustomId(), reply, error);
       return results[index];
     }
@@ -135,11 +146,15 @@ public final class BatchStream implements Iterable<BatchResult>, AutoCloseable {
     /**
      * All results by index. With a failure of the batch as a whole, the items it left without a
      * result have it as their error: the results that did arrive have been paid for. Throws it when
-     * there is none.
+     * there is none, when the caller has left, and when some were of no item: nobody knows then
+     * whose the others are.
      */
     List<BatchResult> ordered(TokenwireException failure) {
-      if (failure != null && missing == results.length) {
-        throw failure;
+      if (failure != null) {
+        boolean left = failure.code() == Status.Code.CANCELLED;
+        if (left || mixedUp || missing == results.length) {
+          throw failure;
+        }
       }
       List<BatchResult> all = new ArrayList<>();
       for (int i = 0; i < results.length; i++) {

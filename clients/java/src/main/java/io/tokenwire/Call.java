@@ -33,7 +33,7 @@ final class Call<Q, R> {
       RequestOptions options,
       Duration defaultTimeout,
       Set<Call<?, ?>> live) {
-    CallOptions grpc = CallOptions.DEFAULT.withStreamTracerFactory(Pushback.HEEDED);
+    CallOptions grpc = CallOptions.DEFAULT;
     // A deadline of the caller's own surroundings is as good as one that was given.
     boolean surrounded = Context.current().getDeadline() != null;
     Duration timeout = options.timeout(surrounded ? null : defaultTimeout).orElse(null);

@@ -14,7 +14,8 @@ import java.util.function.Supplier;
  * An answer as it grows, without a waiting thread. Each subscription makes a call of its own, and
  * {@code cancel} ends it, at the gateway and at the upstream. What a subscriber has not asked for is
  * not read from the wire. {@code onComplete} means that the answer was whole; anything else is
- * {@code onError} with a {@link TokenwireException}.
+ * {@code onError} with a {@link TokenwireException}, or with what the caller's own token supplier
+ * threw.
  */
 public final class ChatPublisher implements Flow.Publisher<ChatEvent> {
   private final Supplier<Call<?, StreamChatResponse>> calls;
@@ -152,13 +153,16 @@ public final class ChatPublisher implements Flow.Publisher<ChatEvent> {
 
     @Override
     public void cancel() {
-      boolean running;
-      synchronized (this) {
-        running = started;
+      synchronized (this) { // in one look: start() would miss what comes between two
+        if (over) {
+          return;
+        }
+        over = true;
+        if (!started) {
+          return;
+        }
       }
-      if (finish() && running) {
-        call.cancel("the subscriber cancelled");
-      }
+      call.cancel("the subscriber cancelled");
     }
 
     private synchronized void ask() {

@@ -1,7 +1,12 @@
 package io.tokenwire;
 
+import io.grpc.CallOptions;
+import io.grpc.Channel;
+import io.grpc.ClientCall;
+import io.grpc.ClientInterceptor;
 import io.grpc.ClientStreamTracer;
 import io.grpc.Metadata;
+import io.grpc.MethodDescriptor;
 import io.grpc.Status;
 
 /**
@@ -16,11 +21,21 @@ final class Pushback extends ClientStreamTracer {
   private static final Metadata.Key<String> MOVED =
       Metadata.Key.of("tokenwire-pushback-ms", Metadata.ASCII_STRING_MARSHALLER);
 
-  static final Factory HEEDED =
+  private static final Factory HEEDED =
       new Factory() {
         @Override
         public ClientStreamTracer newClientStreamTracer(StreamInfo info, Metadata headers) {
           return new Pushback(); // one for each attempt
+        }
+      };
+
+  /** For every call of a channel, those of the contract's own stubs among them. */
+  static final ClientInterceptor INTERCEPTOR =
+      new ClientInterceptor() {
+        @Override
+        public <Q, R> ClientCall<Q, R> interceptCall(
+            MethodDescriptor<Q, R> method, CallOptions options, Channel next) {
+          return next.newCall(method, options.withStreamTracerFactory(HEEDED));
         }
       };
 

@@ -13,6 +13,7 @@ import io.tokenwire.v1.ChatRequest;
 import io.tokenwire.v1.ChatServiceGrpc;
 import io.tokenwire.v1.CountTokensRequest;
 import io.tokenwire.v1.GetModelRequest;
+import io.tokenwire.v1.GetModelResponse;
 import io.tokenwire.v1.ListModelsRequest;
 import io.tokenwire.v1.ListModelsResponse;
 import io.tokenwire.v1.ModelServiceGrpc;
@@ -57,7 +58,8 @@ public final class TokenwireClient implements AutoCloseable {
   private TokenwireClient(Builder builder) {
     Supplier<String> token = builder.bearer(); // may refuse: before there is something to close
     connection = Endpoint.open(builder.address(), builder.credentials, builder.customizer);
-    channel = ClientInterceptors.intercept(connection, Endpoint.bearer(token));
+    channel =
+        ClientInterceptors.intercept(connection, Pushback.INTERCEPTOR, Endpoint.bearer(token));
     timeout = builder.timeout;
     json = builder.json;
   }
@@ -420,9 +422,14 @@ public final class TokenwireClient implements AutoCloseable {
     TokenizeRequest.Builder request =
         TokenizeRequest.newBuilder().setModel(Checked.text(model, "model"));
     Checked.set(texts, "texts").forEach(text -> request.addTexts(Checked.text(text, "texts")));
-    return Unary.await(
-        unary(TokenizerServiceGrpc.getTokenizeMethod(), request.build(), options),
-        answer -> answer.getListsList().stream().map(Tokens::of).toList());
+    var call = unary(TokenizerServiceGrpc.getTokenizeMethod(), request.build(), options);
+    List<Tokens> lists =
+        Unary.await(call, answer -> answer.getListsList().stream().map(Tokens::of).toList());
+    if (lists.size() != texts.size()) {
+      String told = "got the tokens of " + lists.size() + " of " + texts.size() + " texts";
+      throw TokenwireException.incomplete(told, call.requestId, null);
+    }
+    return lists;
   }
 
   // --- models
@@ -449,10 +456,13 @@ public final class TokenwireClient implements AutoCloseable {
     String token = "";
     do {
       ListModelsRequest request = ListModelsRequest.newBuilder().setPageToken(token).build();
-      ListModelsResponse page =
-          Unary.await(
-              unary(ModelServiceGrpc.getListModelsMethod(), request, options), Function.identity());
+      var call = unary(ModelServiceGrpc.getListModelsMethod(), request, options);
+      ListModelsResponse page = Unary.await(call, Function.identity());
       page.getModelsList().forEach(model -> models.add(ModelInfo.of(model)));
+      if (!token.isEmpty() && token.equals(page.getNextPageToken())) {
+        String told = "the list of models goes on with the page just read";
+        throw TokenwireException.incomplete(told, call.requestId, null);
+      }
       token = page.getNextPageToken();
     } while (!token.isEmpty());
     return List.copyOf(models);
@@ -480,9 +490,12 @@ public final class TokenwireClient implements AutoCloseable {
   public ModelInfo model(String name, RequestOptions options) {
     GetModelRequest request =
         GetModelRequest.newBuilder().setName(Checked.text(name, "name")).build();
-    return Unary.await(
-        unary(ModelServiceGrpc.getGetModelMethod(), request, options),
-        answer -> ModelInfo.of(answer.getModel()));
+    var call = unary(ModelServiceGrpc.getGetModelMethod(), request, options);
+    GetModelResponse answer = Unary.await(call, Function.identity());
+    if (!answer.hasModel()) {
+      throw TokenwireException.incomplete("got an answer without a model", call.requestId, null);
+    }
+    return ModelInfo.of(answer.getModel());
   }
 
   // --- every call

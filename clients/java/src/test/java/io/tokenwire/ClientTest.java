@@ -8,14 +8,31 @@ import static org.junit.jupiter.api.Assertions.assertNull;
 import static org.junit.jupiter.api.Assertions.assertThrows;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
+import com.google.protobuf.MessageLite;
 import io.grpc.Context;
+import io.grpc.Grpc;
+import io.grpc.HandlerRegistry;
+import io.grpc.InsecureServerCredentials;
+import io.grpc.MethodDescriptor;
+import io.grpc.Server;
+import io.grpc.ServerMethodDefinition;
 import io.grpc.Status;
+import io.grpc.StatusRuntimeException;
+import io.grpc.stub.ServerCalls;
 import io.tokenwire.testing.Delta;
 import io.tokenwire.testing.Failure;
 import io.tokenwire.testing.FakeGateway;
 import io.tokenwire.testing.ReceivedCall;
+import io.tokenwire.v1.BatchChatResponse;
+import io.tokenwire.v1.ChatResponse;
 import io.tokenwire.v1.ChatServiceGrpc;
+import io.tokenwire.v1.GetModelResponse;
+import io.tokenwire.v1.ListModelsResponse;
 import io.tokenwire.v1.StreamChatResponse;
+import io.tokenwire.v1.TokenList;
+import io.tokenwire.v1.TokenizeResponse;
+import java.io.ByteArrayInputStream;
+import java.io.InputStream;
 import java.time.Duration;
 import java.util.ArrayList;
 import java.util.List;
@@ -29,6 +46,7 @@ import java.util.concurrent.LinkedBlockingQueue;
 import java.util.concurrent.TimeUnit;
 import java.util.concurrent.atomic.AtomicInteger;
 import java.util.concurrent.atomic.AtomicReference;
+import java.util.function.Consumer;
 import java.util.stream.StreamSupport;
 import org.junit.jupiter.api.AfterEach;
 import org.junit.jupiter.api.Test;
@@ -613,6 +631,162 @@ class ClientTest {
     assertTrue(onlyCall().awaitCancelled(SOON));
   }
 
+  @Test
+  void anInterruptedBatchIsNoBatch() throws Exception {
+    gateway.hang().reply("one");
+    AtomicReference<TokenwireException> thrown = new AtomicReference<>();
+    AtomicReference<Boolean> flag = new AtomicReference<>();
+    Thread waiting =
+        new Thread(
+            () -> {
+              thrown.set(
+                  assertThrows(
+                      TokenwireException.class,
+                      () -> client.batchOrdered(b -> b.item("", HI).item("", HI))));
+              flag.set(Thread.currentThread().isInterrupted());
+            });
+    waiting.start();
+    while (gateway.calls().isEmpty()) {
+      Thread.sleep(5);
+    }
+    Thread.sleep(300); // the first result is there
+    waiting.interrupt();
+    waiting.join(SOON.toMillis());
+    assertEquals(Status.Code.CANCELLED, thrown.get().code());
+    assertTrue(flag.get());
+    assertTrue(onlyCall().awaitCancelled(SOON));
+  }
+
+  // --- OKs that are none
+
+  /** A client of a gateway whose every method answers with these messages. */
+  private static void withOdd(
+      Consumer<TokenwireClient> use, MessageLite message, MessageLite... more) throws Exception {
+    HandlerRegistry odd =
+        new HandlerRegistry() {
+          @Override
+          public ServerMethodDefinition<?, ?> lookupMethod(String name, String authority) {
+            MethodDescriptor.Marshaller<byte[]> raw =
+                new MethodDescriptor.Marshaller<>() {
+                  @Override
+                  public InputStream stream(byte[] value) {
+                    return new ByteArrayInputStream(value);
+                  }
+
+                  @Override
+                  public byte[] parse(InputStream stream) {
+                    return new byte[0];
+                  }
+                };
+            MethodDescriptor<byte[], byte[]> method =
+                MethodDescriptor.<byte[], byte[]>newBuilder(raw, raw)
+                    .setType(MethodDescriptor.MethodType.SERVER_STREAMING)
+                    .setFullMethodName(name)
+                    .build();
+            return ServerMethodDefinition.create(
+                method,
+                ServerCalls.asyncServerStreamingCall(
+                    (request, observer) -> {
+                      observer.onNext(message.toByteArray());
+                      for (MessageLite each : more) {
+                        observer.onNext(each.toByteArray());
+                      }
+                      observer.onCompleted();
+                    }));
+          }
+        };
+    Server server =
+        Grpc.newServerBuilderForPort(0, InsecureServerCredentials.create())
+            .fallbackHandlerRegistry(odd)
+            .build()
+            .start();
+    try (TokenwireClient other =
+        TokenwireClient.builder("localhost:" + server.getPort()).token("").build()) {
+      use.accept(other);
+    } finally {
+      server.shutdownNow();
+    }
+  }
+
+  private static BatchChatResponse resultOf(int index) {
+    return BatchChatResponse.newBuilder()
+        .setIndex(index)
+        .setResponse(ChatResponse.getDefaultInstance())
+        .build();
+  }
+
+  @Test
+  void batchResultsOfNoItemOrTwoOfOneAreRefused() throws Exception {
+    for (int[] indexes : new int[][] {{0, 2}, {0, -1}, {1, 1}, {7, 0}}) {
+      withOdd(
+          other -> {
+            TokenwireException e =
+                assertThrows(
+                    TokenwireException.class,
+                    () -> other.batchOrdered(b -> b.item("", HI).item("", HI)));
+            assertEquals("STREAM_INCOMPLETE", e.reason());
+          },
+          resultOf(indexes[0]),
+          resultOf(indexes[1]));
+    }
+  }
+
+  @Test
+  void anOkThatLacksWhatWasAskedForIsAnError() throws Exception {
+    withOdd(
+        other -> {
+          TokenwireException e =
+              assertThrows(TokenwireException.class, () -> other.tokenize("m", List.of("a", "b")));
+          assertTrue(e.getMessage().contains("tokens of 1 of 2 texts"), e.getMessage());
+        },
+        TokenizeResponse.newBuilder().addLists(TokenList.getDefaultInstance()).build());
+    withOdd(
+        other -> assertThrows(TokenwireException.class, () -> other.model("m")),
+        GetModelResponse.getDefaultInstance());
+    withOdd(
+        other -> assertThrows(TokenwireException.class, other::models),
+        ListModelsResponse.newBuilder().setNextPageToken("again").build());
+  }
+
+  @Test
+  void aSubscriberThatCancelsFromAnotherThreadEndsTheCallWheneverItDoes() throws Exception {
+    var pool = Executors.newSingleThreadExecutor();
+    try {
+      for (int i = 0; i < 200; i++) {
+        gateway.hang("a");
+        int before = gateway.calls().size();
+        client
+            .streamAsync(HI)
+            .subscribe(
+                new Flow.Subscriber<>() {
+                  @Override
+                  public void onSubscribe(Flow.Subscription subscription) {
+                    subscription.request(1);
+                    pool.execute(subscription::cancel);
+                  }
+
+                  @Override
+                  public void onNext(ChatEvent event) {}
+
+                  @Override
+                  public void onError(Throwable failure) {}
+
+                  @Override
+                  public void onComplete() {}
+                });
+        for (ReceivedCall call : gateway.calls().subList(before, gateway.calls().size())) {
+          assertTrue(call.awaitCancelled(SOON));
+        }
+      }
+      Thread.sleep(200);
+      for (ReceivedCall call : gateway.calls()) {
+        assertTrue(call.awaitCancelled(SOON));
+      }
+    } finally {
+      pool.shutdownNow();
+    }
+  }
+
   // --- tokens, models
 
   @Test
@@ -688,6 +862,9 @@ class ClientTest {
       guarded.reply("raw");
       var stub = ChatServiceGrpc.newBlockingStub(other.channel());
       assertEquals("raw", stub.chat(HI.proto()).getChoices(0).getMessage().getContent());
+      guarded.fail(Failure.of("RATE_LIMITED").retryAfter(Duration.ofMillis(10))).reply("x");
+      assertThrows(StatusRuntimeException.class, () -> stub.chat(HI.proto()));
+      assertEquals(2, guarded.calls().size(), "only UNAVAILABLE is retried, whatever the pushback");
     }
   }
 
