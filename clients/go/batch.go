@@ -41,8 +41,8 @@ func (c *Client) Batch(ctx context.Context, requests []Request, options ...Batch
 // BatchOrdered is like Batch, with all results at once and in the order of the requests.
 //
 // If the batch fails as a whole after some results, those that did arrive are returned, for they
-// have been paid for, and the others have that failure as their Err. It returns an error only when
-// there is no result at all.
+// have been paid for, and the others have that failure as their Err. It returns an error when there
+// is no result at all, when ctx is cancelled, and when some results were of no request.
 func (c *Client) BatchOrdered(ctx context.Context, requests []Request, options ...BatchOption) ([]BatchResult, error) {
 	results := make([]BatchResult, len(requests))
 	arrived := 0
@@ -51,8 +51,13 @@ func (c *Client) BatchOrdered(ctx context.Context, requests []Request, options .
 		arrived++
 		return true
 	})
-	if failure != nil && arrived == 0 {
-		return nil, failure
+	if failure != nil {
+		var told *Error
+		// Nobody knows whose the others are where some were of no request.
+		mixedUp := errors.As(failure, &told) && told.mixedUp
+		if arrived == 0 || mixedUp || errors.Is(ctx.Err(), context.Canceled) {
+			return nil, failure
+		}
 	}
 	for i, result := range results {
 		if result.Reply == nil && result.Err == nil {
@@ -118,8 +123,10 @@ func (c *Client) batch(ctx context.Context, requests []Request, options []BatchO
 			continue // a heartbeat, or newer than this package
 		}
 		if result.Index < 0 || result.Index >= len(got) || got[result.Index] {
-			return incomplete(fmt.Sprintf("got a result of request %d that is not asked for, or had one",
+			failure := incomplete(fmt.Sprintf("got a result of request %d that is not asked for, or had one",
 				result.Index), call.requestID)
+			failure.mixedUp = true
+			return failure
 		}
 		got[result.Index] = true
 		missing--

@@ -182,9 +182,12 @@ func (c *Client) Model(ctx context.Context, name string, options ...CallOption) 
 	if err := checkText("name", name); err != nil {
 		return Model{}, err
 	}
-	response, _, err := unary(ctx, c, c.models.GetModel, &pb.GetModelRequest{Name: name}, options)
+	response, id, err := unary(ctx, c, c.models.GetModel, &pb.GetModelRequest{Name: name}, options)
 	if err != nil {
 		return Model{}, err
+	}
+	if response.GetModel() == nil {
+		return Model{}, incomplete("got an answer without a model", id)
 	}
 	return modelOf(response.GetModel()), nil
 }

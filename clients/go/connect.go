@@ -68,13 +68,22 @@ func WithTokenSource(source TokenSource) Option {
 }
 
 // WithTLS encrypts the connection. nil is the system's authorities; a config of one's own may
-// bring authorities and, for mutual TLS, certificates. Without it the connection is plaintext.
+// bring authorities and, for mutual TLS, certificates. What it does not bring stays as
+// [WithCAFile] and [WithCertificateFiles] have it; where both do, the later option counts. Without
+// any of the three the connection is plaintext.
 func WithTLS(config *tls.Config) Option {
 	return func(c *connection) error {
 		if config == nil {
 			config = &tls.Config{}
 		}
+		before := c.encrypted()
 		c.tls = config.Clone()
+		if c.tls.RootCAs == nil {
+			c.tls.RootCAs = before.RootCAs
+		}
+		if c.tls.Certificates == nil && c.tls.GetClientCertificate == nil {
+			c.tls.Certificates = before.Certificates
+		}
 		return nil
 	}
 }

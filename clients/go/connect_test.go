@@ -272,6 +272,14 @@ func TestTLS(t *testing.T) {
 		{"mutual", true, []tokenwire.Option{
 			tokenwire.WithCAFile(file("ca.pem")), tokenwire.WithCertificateFiles(file("me.pem"), file("me.key")),
 		}, true},
+		{"file, then config", true, []tokenwire.Option{
+			tokenwire.WithCAFile(file("ca.pem")), tokenwire.WithCertificateFiles(file("me.pem"), file("me.key")),
+			tokenwire.WithTLS(&tls.Config{MinVersion: tls.VersionTLS13}),
+		}, true},
+		{"config, then file", true, []tokenwire.Option{
+			tokenwire.WithTLS(&tls.Config{MinVersion: tls.VersionTLS13}),
+			tokenwire.WithCAFile(file("ca.pem")), tokenwire.WithCertificateFiles(file("me.pem"), file("me.key")),
+		}, true},
 		{"mutual without", true, []tokenwire.Option{tokenwire.WithCAFile(file("ca.pem"))}, false},
 		{"mutual by a stranger", true, []tokenwire.Option{
 			tokenwire.WithCAFile(file("ca.pem")), tokenwire.WithCertificateFiles(file("them.pem"), file("them.key")),

@@ -105,6 +105,7 @@ type Error struct {
 	Partial *Reply
 
 	retryAfter *time.Duration
+	mixedUp    bool // results of a batch were of no request
 	status     *statuspb.Status
 	cause      error
 }

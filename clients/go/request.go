@@ -3,7 +3,9 @@ package tokenwire
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"math"
+	"slices"
 
 	"google.golang.org/protobuf/proto"
 
@@ -188,7 +190,7 @@ func (r Request) proto() (*pb.ChatRequest, *Error) {
 		request.UnsupportedParameterPolicy = pb.UnsupportedParameterPolicy_UNSUPPORTED_PARAMETER_POLICY_DROP
 	}
 	if r.Labels != nil {
-		request.Labels = r.Labels
+		request.Labels = maps.Clone(r.Labels) // a stream is sent when it is first read
 		for key, value := range r.Labels {
 			if err := checkText("labels", key, value); err != nil {
 				return nil, err
@@ -242,7 +244,7 @@ func (r Request) setParams(request *pb.ChatRequest) *Error {
 		*field.to = &value
 	}
 	if r.Stop != nil {
-		params.Stop = r.Stop
+		params.Stop = slices.Clone(r.Stop)
 		if err := checkText("params.stop", r.Stop...); err != nil {
 			return err
 		}

@@ -408,3 +408,18 @@ func TestTimeToFirstTokenIsToTheFirstOutput(t *testing.T) {
 	}
 	equal(t, "after header, empty delta, reasoning, ...", fmt.Sprint(known), "[false false true true true true true]")
 }
+
+func TestAStreamAsksWhatItWasMadeFor(t *testing.T) {
+	t.Parallel()
+	gateway := tokenwiretest.NewGateway(t)
+	gateway.Reply(tokenwiretest.Text("ok"))
+	request := hi
+	request.Stop = []string{"a"}
+	request.Labels = map[string]string{"team": "a"}
+	stream := gateway.Client(t).Stream(ctx, request)
+	request.Stop[0], request.Labels["team"] = "b", "b" // before the first read sends it
+	must[*tokenwire.Reply](t)(stream.Reply())
+	sent := gateway.Calls()[0].Chat()
+	equal(t, "stop", sent.GetParams().GetStop()[0], "a")
+	equal(t, "label", sent.GetLabels()["team"], "a")
+}

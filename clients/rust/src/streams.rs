@@ -10,6 +10,7 @@ use crate::call::Receiving;
 use crate::errors::Error;
 use crate::replies::{Accumulator, Choice, Event, Reply, ToolCall};
 use crate::v1::{self, FinishReason, batch_chat_response};
+use tonic::Code;
 
 /// An answer as it grows: a [`futures_core::Stream`] of [`Event`]s that keeps the answer so far.
 ///
@@ -232,6 +233,7 @@ pub struct Batch {
     custom_ids: Vec<String>,
     results: BTreeMap<usize, BatchResult>,
     ended: bool,
+    mixed_up: bool,
 }
 
 impl Batch {
@@ -239,7 +241,7 @@ impl Batch {
         receiving: Receiving<v1::BatchChatResponse>,
         custom_ids: Vec<String>,
     ) -> Self {
-        Self { receiving, custom_ids, results: BTreeMap::new(), ended: false }
+        Self { receiving, custom_ids, results: BTreeMap::new(), ended: false, mixed_up: false }
     }
 
     /// The next result; `None` after the last.
@@ -257,11 +259,12 @@ impl Batch {
     /// failure as their error: the results that did arrive have been paid for.
     ///
     /// # Errors
-    /// When it fails before any result.
+    /// When it fails before any result, is cancelled, or has results of no item.
     pub async fn ordered(mut self) -> Result<Vec<BatchResult>, Error> {
         while let Some(result) = self.next().await {
             let Err(error) = result else { continue };
-            if self.results.is_empty() {
+            // Nobody knows whose the others are where some were of no item.
+            if self.results.is_empty() || self.mixed_up || error.code() == Code::Cancelled {
                 return Err(error);
             }
             for index in self.missing() {
@@ -303,7 +306,7 @@ impl Batch {
             let request_id = &self.receiving.request_id;
             let index = usize::try_from(message.index).unwrap_or(usize::MAX);
             if index >= self.custom_ids.len() || self.results.contains_key(&index) {
-                self.ended = true;
+                (self.ended, self.mixed_up) = (true, true);
                 let message = format!(
                     "got a result of item {}, which is none of the batch or had one",
                     message.index

@@ -873,6 +873,8 @@ async fn a_batch_with_results_of_no_item_is_an_error() {
         let error = batch.next().await.unwrap().unwrap_err();
         assert_eq!((error.code(), error.reason()), (Code::Internal, STREAM_INCOMPLETE));
         assert!(batch.next().await.is_none());
+        let ordered = client.batch(["a", "b"]).model("any").send().await.unwrap().ordered().await;
+        assert_eq!(ordered.unwrap_err().reason(), STREAM_INCOMPLETE);
     }
 }
 
