@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.message import Message
 
-from tokenwire import Accumulator, TokenwireError
+from tokenwire import Accumulator, Client, TokenwireError
 from tokenwire.testing import FakeGateway, tool_call
 from tokenwire.v1.chat_pb2 import ChatMessage, Usage
 from tokenwire.v1.chat_service_pb2 import (
     BatchChatItem,
+    BatchChatResponse,
     ChatRequest,
+    ChatResponse,
     Delta,
     StreamChatResponse,
     StreamMode,
 )
+from tokenwire.v1.model_service_pb2 import GetModelResponse, ListModelsResponse
+from tokenwire.v1.tokenizer_service_pb2 import TokenizeResponse, TokenList
 
 # --- chat ---------------------------------------------------------------------------
 
@@ -402,6 +410,56 @@ def test_a_batch_that_breaks_keeps_what_arrived(client: Any, gateway: FakeGatewa
     with pytest.raises(TokenwireError) as caught:  # nothing arrived: the last item hangs
         client.call("batch_ordered", ["1"], model="m", timeout=0.2)
     assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+# --- OKs that are none --------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def odd_gateway(answers: Mapping[str, Sequence[Message]]) -> Iterator[str]:
+    """A gateway that answers each method with OK and these messages; its address."""
+
+    class Odd(grpc.GenericRpcHandler):
+        def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+            messages = answers[str(details.method).rpartition("/")[2]]
+            return grpc.unary_stream_rpc_method_handler(
+                lambda _request, _context: iter([each.SerializeToString() for each in messages])
+            )
+
+    server = grpc.server(ThreadPoolExecutor(4))
+    server.add_generic_rpc_handlers((Odd(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(0)
+
+
+@pytest.mark.parametrize("indexes", [[0, 2], [0, -1], [1, 1, 0], [7], [0, 1, 1]])
+def test_batch_results_of_no_item_or_two_of_one_are_refused(indexes: list[int]) -> None:
+    results = [BatchChatResponse(index=i, response=ChatResponse()) for i in indexes]
+    with odd_gateway({"BatchChat": results}) as target, Client(target) as client:
+        with pytest.raises(TokenwireError, match="none of the batch or had one") as caught:
+            list(client.batch(["a", "b"], model="m"))
+        assert caught.value.reason == "STREAM_INCOMPLETE"
+        with pytest.raises(TokenwireError, match="none of the batch or had one"):
+            client.batch_ordered(["a", "b"], model="m")
+
+
+def test_an_ok_that_lacks_what_was_asked_for_is_an_error() -> None:
+    answers: dict[str, Sequence[Message]] = {
+        "Tokenize": [TokenizeResponse(lists=[TokenList()])],
+        "GetModel": [GetModelResponse()],
+        "ListModels": [ListModelsResponse(next_page_token="again")],
+    }
+    with odd_gateway(answers) as target, Client(target) as client:
+        with pytest.raises(TokenwireError, match="tokens of 1 of 2 texts"):
+            client.tokenize(["a", "b"], model="m")
+        with pytest.raises(TokenwireError, match="without a model"):
+            client.model("m")
+        with pytest.raises(TokenwireError, match="page just read"):
+            client.models()
 
 
 # --- tokens and models --------------------------------------------------------------

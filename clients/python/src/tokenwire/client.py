@@ -323,6 +323,14 @@ class _Streaming(Generic[Item]):
             with contextlib.suppress(RuntimeError):
                 self._call.cancel()
 
+    def _received(self, message: Any) -> Item | None:
+        try:
+            return self._receives.receive(message)
+        except TokenwireError:  # what is refused here goes on there
+            self._cancel()
+            self._ended = True
+            raise
+
     def __del__(self) -> None:
         self._cancel()
 
@@ -344,7 +352,7 @@ class _BlockingStream(_Streaming[Item]):
             except grpc.RpcError as error:
                 self._ended = True
                 raise _failed(self._receives, error) from None
-            item = self._receives.receive(message)
+            item = self._received(message)
             if item is not None:
                 return item
         raise StopIteration
@@ -383,7 +391,7 @@ class _AsyncStreaming(_Streaming[Item]):
                 self._ended = True
                 self._receives.end()
                 break
-            item = self._receives.receive(message)
+            item = self._received(message)
             if item is not None:
                 return item
         raise StopAsyncIteration

@@ -223,11 +223,17 @@ class BatchReceiver:
         self.call = call
         self._custom_ids = custom_ids
         self._results: dict[int, BatchResult] = {}
+        self._mixed_up = False
 
     def receive(self, message: BatchChatResponse) -> BatchResult | None:
         kind = message.WhichOneof("result")
         if kind is None:
             return None
+        if not 0 <= message.index < len(self._custom_ids) or message.index in self._results:
+            self._mixed_up = True
+            raise self._lost(
+                f"got a result of item {message.index}, which is none of the batch or had one"
+            )
         reply = error = None
         if kind == "response":
             reply = Reply(message.response, self.call.request_id)
@@ -257,10 +263,12 @@ class BatchReceiver:
 
         With a `failure` of the batch as a whole, the items it left without a result have
         it as their error: the results that did arrive have been paid for. Raises it when
-        there is none.
+        there is none, when the call was cancelled, and when some were of no item: nobody
+        knows then whose the others are.
         """
         if failure is not None:
-            if not self._results:
+            left = failure.code is grpc.StatusCode.CANCELLED
+            if left or self._mixed_up or not self._results:
                 raise failure
             for index in self._missing():
                 custom_id = self._custom_ids[index]
@@ -271,12 +279,14 @@ class BatchReceiver:
         return [i for i in range(len(self._custom_ids)) if i not in self._results]
 
     def _lost(self, message: str) -> TokenwireError:
-        return TokenwireError(
-            message,
-            code=grpc.StatusCode.INTERNAL,
-            reason=INCOMPLETE,
-            request_id=self.call.request_id,
-        )
+        return _incomplete(message, self.call)
+
+
+def _incomplete(message: str, call: Call) -> TokenwireError:
+    """An OK that lacks what was asked for is none."""
+    return TokenwireError(
+        message, code=grpc.StatusCode.INTERNAL, reason=INCOMPLETE, request_id=call.request_id
+    )
 
 
 # --- calls --------------------------------------------------------------------------
@@ -332,7 +342,12 @@ class Core:
         self, texts: str | Sequence[str], model: str, options: CallOptions
     ) -> Procedure[list[TokenList]]:
         only_call_options(options)
-        response = yield self._unary("Tokenize", tokenize_request(texts, model), options)
+        request = tokenize_request(texts, model)
+        call = self._unary("Tokenize", request, options)
+        response = yield call
+        got, asked = len(response.lists), len(request.texts)
+        if got != asked:
+            raise _incomplete(f"got the tokens of {got} of {asked} texts", call)
         return list(response.lists)
 
     def models(self, options: CallOptions) -> Procedure[list[Model]]:
@@ -341,15 +356,21 @@ class Core:
         token = ""
         while True:
             request = ListModelsRequest(page_token=token)
-            response = yield self._unary("ListModels", request, options)
+            call = self._unary("ListModels", request, options)
+            response = yield call
             models.extend(response.models)
+            if token and token == response.next_page_token:
+                raise _incomplete("the list of models goes on with the page just read", call)
             token = response.next_page_token
             if not token:
                 return models
 
     def model(self, name: str, options: CallOptions) -> Procedure[Model]:
         only_call_options(options)
-        response = yield self._unary("GetModel", GetModelRequest(name=name), options)
+        call = self._unary("GetModel", GetModelRequest(name=name), options)
+        response = yield call
+        if not response.HasField("model"):
+            raise _incomplete("got an answer without a model", call)
         found: Model = response.model
         return found
 
