@@ -181,12 +181,13 @@ check: $(BIN)/.complete $(CONTRACT)/.complete check-contract ## Everything CI ch
 		echo "The checks left the tree dirty:"; git status --short; exit 1; fi
 	@echo "make check: all good"
 
-# Three at once on two cores: most tests wait for sockets.
-BESIDE := --numprocesses 3 --dist loadgroup
+# Three at once on two cores: most tests wait for sockets. The simulated worlds take all cores.
+BESIDE := --numprocesses 3 --dist worksteal
 
 .PHONY: test
 test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete $(if $(CI),setup-wire setup-page setup-bench build/servers/litellm/.complete) ## Run every test (ARGS="-k name" narrows)
-	$(BIN)/pytest $(if $(ARGS),,$(BESIDE)) $(ARGS)
+	$(BIN)/pytest $(or $(ARGS),$(BESIDE) --ignore tests/simulation)
+	$(if $(ARGS),,$(BIN)/pytest tests/simulation)
 	@$(if $(ARGS),,$(call in-clients,test))
 
 .PHONY: faults

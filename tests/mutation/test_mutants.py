@@ -10,8 +10,6 @@ import pytest
 from mutation.mutants import MUTANTS, Mutant
 from mutation.run import ROOT, TABLE, copy_of_the_tree, place, tried
 
-pytestmark = pytest.mark.xdist_group("mutants")  # they take turns in one copy of the tree
-
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.keeps)
 def test_each_row_fits_the_source(mutant: Mutant) -> None:

@@ -15,8 +15,6 @@ from harness import receive, request, simulate, stream_request
 from processes import Program, serve, write_config
 from tokenwire_service.simulator import Simulator
 
-pytestmark = pytest.mark.xdist_group("page")  # a browser is heavy: one at a time
-
 
 @pytest.fixture
 def chromium() -> str:

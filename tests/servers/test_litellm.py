@@ -16,7 +16,7 @@ from tokenwire_service.secret import Secret
 HAIKU = "An old silent pond / a frog jumps into the pond / splash! Silence again."
 QUICK = Retries(max_attempts=2, backoff=0.001, backoff_cap=0.001, budget_floor=1000)
 
-pytestmark = [pytest.mark.timeout(1200), pytest.mark.xdist_group("litellm")]
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")

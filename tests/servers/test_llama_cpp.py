@@ -16,7 +16,7 @@ from tokenwire_service.config import Retries
 QUICK = Retries(max_attempts=2, backoff=0.001, backoff_cap=0.001, budget_floor=1000)
 WINDOW = 256  # tokens; the server's templates take some thirty of them
 
-pytestmark = [pytest.mark.timeout(1200), pytest.mark.xdist_group("llama_cpp")]
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from tokenwire_service.config import Retries
 
 QUICK = Retries(max_attempts=2, backoff=0.001, backoff_cap=0.001, budget_floor=1000)
 
-pytestmark = [pytest.mark.timeout(1200), pytest.mark.xdist_group("transformers")]
+pytestmark = pytest.mark.timeout(1200)
 
 _MAKE = """
 import sys

@@ -162,8 +162,7 @@ def on_all_cores(seeds: Iterable[int], size: int = SIZE) -> Summary:
     workers = os.process_cpu_count() if sys.version_info >= (3, 13) else os.cpu_count()
     context = multiprocessing.get_context("spawn")
     seeds = list(seeds)
-    # With low priority: other tests may run beside, and wait for sockets.
-    with ProcessPoolExecutor(workers, context, initializer=os.nice, initargs=(19,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
         for summary in pool.map(summarize, seeds, [size] * len(seeds)):
             whole.add(summary)
     return whole

@@ -30,7 +30,6 @@ REQUESTS = 1_000_000
 PATIENCE = 3600  # seconds, for machines that have other things to do; two idle cores take minutes
 
 many = pytest.mark.timeout(PATIENCE)
-pytestmark = pytest.mark.xdist_group("simulation")  # one process makes all worlds, once
 
 
 @pytest.fixture(scope="module")
