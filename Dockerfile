@@ -6,7 +6,7 @@
 # The base only builds. It is an argument, so that it can be one's own: any image with CPython 3.11 or
 # newer, pip and glibc. The digest is that of all platforms, of 19 September 2026, as the Docker
 # Official Images record it (docker-library/repo-info, repos/python/remote/3.11-slim-bookworm.md).
-ARG BASE=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
+ARG BASE=python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 
 FROM ${BASE} AS build
 WORKDIR /build

@@ -32,7 +32,9 @@ def base() -> dict[str, str]:
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
         "resources": sorted(files),
-        "configMapGenerator": [{"name": config["metadata"]["name"], "files": sorted(config["data"])}],
+        "configMapGenerator": [
+            {"name": config["metadata"]["name"], "files": sorted(config["data"])}
+        ],
     }
     files["kustomization.yaml"] = _HEADER + yaml.safe_dump(kustomization, sort_keys=False)
     return files | {name: _HEADER + text for name, text in config["data"].items()}

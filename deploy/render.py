@@ -2,9 +2,9 @@
 
     python deploy/render.py < requests.json > answers.json
 
-Reads a JSON list of values, each as it would stand in a values file, and answers with a list as long:
-{"manifests": text of each template by its name} or {"error": why it cannot be rendered}. Runs in
-the environment of `make setup-deploy`.
+Reads a JSON list of values, each as it would stand in a values file, and answers with a list as
+long: {"manifests": text of each template by its name} or {"error": why it cannot be rendered}. Runs
+in the environment of `make setup-deploy`.
 """
 
 from __future__ import annotations

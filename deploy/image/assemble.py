@@ -1,8 +1,8 @@
 """Gathers what the gateway runs on into one root directory, which becomes the image.
 
 That is this Python with what the gateway may use of its library, the environment /app with the
-packages, the shared libraries that all of it loads, and a few files of /etc. The Dockerfile runs it;
-it needs nothing but the standard library, and Debian's or another glibc.
+packages, the shared libraries that all of it loads, and a few files of /etc. The Dockerfile runs
+it; it needs nothing but the standard library, and Debian's or another glibc.
 
 Two runs over the same files give the same bytes: compiled code is bound to no time, and every file
 has the date and the rights that are chosen here.
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def assemble(packages: Path, root: Path, date: int) -> None:
-    """Fills `root`. Raises MissingError where a library cannot be found, or the result does not run."""
+    """Fills `root`. Raises MissingError where a library is not found, or the result does not run."""
     copy_python(root, _is_unused)
     site = copy_app(packages, root)
     copy_libraries(root)
@@ -241,10 +241,12 @@ def _copy(path: Path, root: Path) -> None:
 
 
 def normalise(root: Path, date: int) -> None:
-    """Everything readable by all, writable by root alone, and of one date."""
+    """Everything readable by all, writable by root alone, and of one date; nothing is executable
+    but what is started, and the loader that starts it."""
     for path in (*root.rglob("*"), root):
         if not path.is_symlink():
-            executable = path.is_dir() or path.stat().st_mode & 0o100
+            started = path.parent.name == "bin" or path.name.startswith("ld-linux")
+            executable = path.is_dir() or started
             path.chmod(0o755 if executable else 0o644)
         os.utime(path, (date, date), follow_symlinks=False)
 

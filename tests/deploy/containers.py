@@ -41,7 +41,7 @@ class Engine:
 
     @classmethod
     def found(cls, folder: Path) -> Engine:
-        """What `make setup-image` has installed; without it the test is skipped, but fails in CI."""
+        """What `make setup-image` has installed; without it the test skips, but fails in CI."""
         if not (_BUILD / ".complete").exists() or os.geteuid() != 0:
             missing("an engine for containers (which needs root)", "setup-image")
         configuration = folder / "containers.conf"
@@ -63,7 +63,9 @@ class Engine:
 
     def build(self, tag: str, **arguments: str) -> None:
         """Builds the project's Dockerfile as it is, from the start, without a network."""
-        given = [part for name, value in arguments.items() for part in ("--build-arg", f"{name}={value}")]
+        given = [
+            part for name, value in arguments.items() for part in ("--build-arg", f"{name}={value}")
+        ]
         date = ("--timestamp", arguments["SOURCE_DATE_EPOCH"])
         alone = ("--network", "none", "--no-cache", "--quiet")
         base = ("--build-arg", f"BASE={BASE}")
@@ -93,7 +95,7 @@ class Engine:
 
     @contextmanager
     def playing(self, manifests: str, pod: str, container: str) -> Iterator[Container]:
-        """The container of the Pod that Kubernetes' YAML tells of, on this machine's own network."""
+        """The container of the Pod that some YAML tells of, on this machine's own network."""
         played = self.configuration.with_name("played.yaml")
         played.write_text(manifests)
         try:
@@ -116,7 +118,15 @@ class Container:
     @property
     def log(self) -> str:
         """Both its outputs."""
-        command = ("podman", "--root", _BUILD / "store", "--runroot", _BUILD / "run", "logs", self.name)
+        command = (
+            "podman",
+            "--root",
+            _BUILD / "store",
+            "--runroot",
+            _BUILD / "run",
+            "logs",
+            self.name,
+        )
         ran = subprocess.run(
             command,
             env={**os.environ, "CONTAINERS_CONF": str(self.engine.configuration)},
@@ -149,6 +159,7 @@ class Container:
         return self.engine.podman("exec", self.name, *command)
 
     def terminated(self) -> int:
-        """Its exit code after a SIGTERM."""
-        self.engine.podman("kill", "--signal", "TERM", self.name)
-        return int(self.engine.podman("wait", self.name))
+        """Its exit code after a SIGTERM; 137 where it had to be killed after half a minute. (Unlike
+        a mere signal, `stop` keeps a Pod's container from being started again.)"""
+        self.engine.podman("stop", "--time", "30", self.name)
+        return int(self.inspect()["State"]["ExitCode"])

@@ -165,7 +165,9 @@ def test_what_names_another_object_finds_it(both: list[dict[str, str]]) -> None:
         assert mounted == {volume["name"] for volume in spec["volumes"]}
         (config,) = [volume["configMap"] for volume in spec["volumes"] if "configMap" in volume]
         assert ("ConfigMap", config["name"]) in named
-        probes = [container[f"{name}Probe"]["grpc"] for name in ("startup", "readiness", "liveness")]
+        probes = [
+            container[f"{name}Probe"]["grpc"] for name in ("startup", "readiness", "liveness")
+        ]
         assert {probe["port"] for probe in probes} == {50051}
         assert len({probe["service"] for probe in probes}) == 3
 

@@ -1,4 +1,4 @@
-"""The programs that render, validate, build and run what is deployed: where they are, how one is run."""
+"""The programs that render, validate, build and run what is deployed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def program(name: str, target: str) -> str:
 
 
 def run(*command: str | Path, stdin: str = "", check: bool = True, **variables: str) -> str:
-    """What a program writes to standard output. With `check` anything but exit code 0 fails the test."""
+    """What a program writes to standard output. With `check` another exit code than 0 fails."""
     ran = subprocess.run(
         command,
         input=stdin,
@@ -59,7 +59,7 @@ def run(*command: str | Path, stdin: str = "", check: bool = True, **variables: 
 
 
 def rendered(*values: dict[str, Any], chart: Path = CHART) -> list[dict[str, str]]:
-    """For each values what the chart renders: text by template. Fails the test where one cannot be."""
+    """What the chart renders with each values: text by template. An error fails the test."""
     answers = answered(*values, chart=chart)
     for answer in answers:
         assert "error" not in answer, answer["error"]
