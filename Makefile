@@ -101,6 +101,14 @@ $(DEPLOY)/.complete: deploy/requirements.txt
 	@(test -x $(DBIN)/python || $(PYTHON) -m venv $(DEPLOY)/venv) && $(DBIN)/$(PIP_INSTALL) deploy/requirements.txt && touch $@ \
 		$(call missing,what checks deploy/ cannot be installed)
 
+.PHONY: manifests
+manifests: $(DEPLOY)/.complete ## Write deploy/kustomize/base from the chart
+	@$(DBIN)/python deploy/manifests.py deploy/kustomize/base
+
+.PHONY: sbom
+sbom: $(DEPLOY)/.complete ## List what the gateway is made of, as CycloneDX, into build/sbom.cdx.json
+	@$(DBIN)/cyclonedx-py requirements --output-reproducible --output-file build/sbom.cdx.json service/requirements.txt
+
 # Builds and runs the image without a Docker engine, as root. Its base is this machine's Python, for no
 # registry of images need be there; a developer with Docker just runs `docker build`.
 .PHONY: setup-image

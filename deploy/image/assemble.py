@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def assemble(packages: Path, root: Path, date: int) -> None:
-    """Fills `root`. Raises MissingError where a library is not found, or the result does not run."""
+    """Fills `root`. Raises MissingError where a library is not here or the result does not run."""
     copy_python(root, _is_unused)
     site = copy_app(packages, root)
     copy_libraries(root)
