@@ -90,7 +90,7 @@ setup-ruby:
 # A browser for tests/page. Debian's package, which only root installs.
 .PHONY: setup-page
 setup-page: ## Install Chromium, which the tests of the status page look through
-	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium >/dev/null; } \
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium fonts-dejavu-core >/dev/null; } \
 		$(call missing,Chromium cannot be installed)
 
 .PHONY: screenshots

@@ -16,6 +16,8 @@ from tokenwire.admin.v1 import admin_service_pb2, admin_service_pb2_grpc
 from tokenwire_service.settings import DEFAULT_ADMIN
 
 SECONDS = 5.0  # to answer; it takes milliseconds
+# Of a channel to the admin port. A proxy of the environment leads away from this machine.
+OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1))
 
 _HEAD = ("KEY", "STATE", "GROUP", "RUNNING", "ATTEMPTS", "OK", "FAULTS", "LEFT", "TOKENS", "USED")
 _RIGHT = frozenset({"RUNNING", "ATTEMPTS", "OK", "LEFT", "TOKENS"})
@@ -60,9 +62,7 @@ def run_keys(
 
 
 def _ask(target: str) -> admin_service_pb2.ListKeysResponse:
-    # A proxy of the environment leads away from this machine.
-    options = (("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1))
-    with grpc.insecure_channel(target, options=options) as channel:
+    with grpc.insecure_channel(target, options=OPTIONS) as channel:
         stub = admin_service_pb2_grpc.AdminServiceStub(channel)
         answer: admin_service_pb2.ListKeysResponse = stub.ListKeys(
             admin_service_pb2.ListKeysRequest(), timeout=SECONDS

@@ -22,7 +22,6 @@ Second = admin_service_pb2.Second
 
 _KEPT = 300  # seconds
 _MINUTE = 60  # seconds that rates and times are told of
-_FIRST = 5.0  # seconds until a gateway must have told anything
 _BARS = " ▁▂▃▄▅▆▇█"
 _STATE_STYLES = {
     admin_service_pb2.KEY_STATE_READY: "green",
@@ -47,13 +46,11 @@ def run_top(
     target = target or DEFAULT_ADMIN
     request = admin_service_pb2.WatchStatusRequest()
     request.interval.FromNanoseconds(int(interval * 1e9))
-    # A proxy of the environment leads away from this machine.
-    options = (("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1))
     console = Console(file=stdout, highlight=False)
     seconds: deque[Second] = deque(maxlen=_KEPT)
     try:
-        with grpc.insecure_channel(target, options=options) as channel:
-            grpc.channel_ready_future(channel).result(_FIRST)
+        with grpc.insecure_channel(target, options=keytable.OPTIONS) as channel:
+            grpc.channel_ready_future(channel).result(keytable.SECONDS)
             calls = admin_service_pb2_grpc.AdminServiceStub(channel).WatchStatus(request)
             if once:
                 status = next(calls)

@@ -42,7 +42,6 @@ def built() -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.xdist_group("bench")
 def test_the_programs_in_go(built: None) -> None:
     """Their own tests, and what `make check` asks of the Go client."""
     environ = {**os.environ, "GOFLAGS": "-mod=readonly -buildvcs=false"}
@@ -58,7 +57,6 @@ def test_the_programs_in_go(built: None) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.xdist_group("bench")
 async def test_every_scenario_in_miniature(built: None, tmp_path: Path) -> None:
     """Shape only: every system answers every scenario, to the byte, and every figure is there."""
     names = (OURS, FLOOR, RELAY, DIRECT)

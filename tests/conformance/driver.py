@@ -95,7 +95,7 @@ class Program:
         """The line. Raises TimeoutError, or ValueError for what is none."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        sent = {k: v for k, v in case.items() if k not in DRIVERS_OWN}
+        sent = {k: v for k, v in case.items() if k not in _DRIVERS_OWN}
         self._process.stdin.write(json.dumps({"case": sent, "connect": connect}).encode() + b"\n")
         await self._process.stdin.drain()
         async with asyncio.timeout(_ANSWER_SECONDS + case.get("lasts", 0)):
@@ -108,7 +108,7 @@ class Program:
         return answer
 
 
-DRIVERS_OWN = frozenset(
+_DRIVERS_OWN = frozenset(
     {"about", "gateway", "driver", "upstream", "gateway_saw", "expect", "connect", "lasts"}
 )
 
