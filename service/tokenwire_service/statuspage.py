@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import resources
+from pathlib import Path
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -51,23 +54,39 @@ async def serving(
     runner = web.AppRunner(app, access_log=None, handle_signals=False)
     await runner.setup()
     try:
-        site: web.BaseSite
-        if listen.startswith("unix:"):
-            site = web.UnixSite(runner, listen.removeprefix("unix:").removeprefix("//"))
-        else:
-            host, _, port = listen.rpartition(":")
-            site = web.TCPSite(runner, host.strip("[]"), int(port), reuse_address=True)
+        host, _, port = listen.rpartition(":")
         try:
+            site: web.BaseSite
+            if listen.startswith("unix:"):
+                site = web.SockSite(runner, _own(listen.removeprefix("unix:").removeprefix("//")))
+            else:
+                site = web.TCPSite(runner, host.strip("[]"), int(port), reuse_address=True)
             await site.start()
         except OSError as error:
             raise PageError(
                 f"cannot listen on {listen} (status_page.listen): {error.strerror or error}"
             ) from None
         bound = runner.addresses[0]
-        host, _, _ = listen.rpartition(":")
         yield listen if isinstance(bound, str) else f"{host}:{bound[1]}"
     finally:
         await runner.cleanup()
+
+
+def _own(path: str) -> socket.socket:
+    """A socket there that only the user who runs the gateway may connect to, as the admin port's;
+    one that a gateway before has left makes way. Raises OSError."""
+    if Path(path).is_socket():
+        Path(path).unlink()
+    made = socket.socket(socket.AF_UNIX)
+    umask = os.umask(0o177)
+    try:
+        made.bind(path)
+    except OSError:
+        made.close()
+        raise
+    finally:
+        os.umask(umask)
+    return made
 
 
 def _careful(logger: logging.Logger) -> Middleware:

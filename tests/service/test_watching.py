@@ -148,16 +148,29 @@ async def test_a_name_that_was_made_to_point_here_is_refused(
         assert answer.status == status
 
 
-async def test_the_page_may_be_at_a_unix_socket(
+async def test_the_page_may_be_at_a_unix_socket_for_its_own_user(
     start: Start, simulator: Simulated, tmp_path: Path
 ) -> None:
+    left = socket.socket(socket.AF_UNIX)  # by a gateway before
+    left.bind(f"{tmp_path}/page.sock")
+    left.close()
     gateway = await start(config=config(simulator[1], f"unix:{tmp_path}/page.sock"))
+    assert (tmp_path / "page.sock").stat().st_mode & 0o777 == 0o600
     assert gateway.running.page == f"unix:{tmp_path}/page.sock"
     async with (
         ClientSession(connector=UnixConnector(f"{tmp_path}/page.sock")) as browser,
         browser.get("http://localhost/status.json") as answer,
     ):
         assert answer.status == 200
+
+
+async def test_a_place_where_no_socket_can_be_ends_the_start(
+    start: Start, simulator: Simulated, tmp_path: Path
+) -> None:
+    (tmp_path / "page.sock").write_text("somebody's")
+    with pytest.raises(ListenError, match=r"page.sock .* Address already in use"):
+        await start(config=config(simulator[1], f"unix:{tmp_path}/page.sock"))
+    assert (tmp_path / "page.sock").read_text() == "somebody's"
 
 
 async def test_a_port_that_is_taken_ends_the_start_and_names_the_setting(
