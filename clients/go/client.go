@@ -158,6 +158,7 @@ type Model struct {
 func (c *Client) Models(ctx context.Context, options ...CallOption) ([]Model, error) {
 	var models []Model
 	request := &pb.ListModelsRequest{}
+	read := map[string]bool{} // tokens of pages
 	for {
 		response, id, err := unary(ctx, c, c.models.ListModels, request, options)
 		if err != nil {
@@ -170,9 +171,10 @@ func (c *Client) Models(ctx context.Context, options ...CallOption) ([]Model, er
 		if next == "" {
 			return models, nil
 		}
-		if next == request.GetPageToken() {
-			return nil, incomplete("the list of models goes on with the page just read", id)
+		if read[next] {
+			return nil, incomplete("the list of models goes on with a page that was read", id)
 		}
+		read[next] = true
 		request = &pb.ListModelsRequest{PageToken: next}
 	}
 }

@@ -33,8 +33,10 @@ func (o *odd) BatchChat(_ *pb.BatchChatRequest, stream grpc.ServerStreamingServe
 	return nil
 }
 
-func (o *odd) ListModels(context.Context, *pb.ListModelsRequest) (*pb.ListModelsResponse, error) {
-	return &pb.ListModelsResponse{Models: []*pb.Model{{Name: "again"}}, NextPageToken: "1"}, nil
+// ListModels has two pages, and each goes on with the other.
+func (o *odd) ListModels(_ context.Context, request *pb.ListModelsRequest) (*pb.ListModelsResponse, error) {
+	next := map[string]string{"": "1", "1": "2", "2": "1"}[request.GetPageToken()]
+	return &pb.ListModelsResponse{Models: []*pb.Model{{Name: "again"}}, NextPageToken: next}, nil
 }
 
 func (o *odd) GetModel(context.Context, *pb.GetModelRequest) (*pb.GetModelResponse, error) {

@@ -13,6 +13,7 @@ import pytest
 from google.protobuf.message import Message
 
 from tokenwire import Accumulator, Client, TokenwireError
+from tokenwire.core import Core
 from tokenwire.testing import FakeGateway, tool_call
 from tokenwire.v1.chat_pb2 import ChatMessage, Usage
 from tokenwire.v1.chat_service_pb2 import (
@@ -458,8 +459,18 @@ def test_an_ok_that_lacks_what_was_asked_for_is_an_error() -> None:
             client.tokenize(["a", "b"], model="m")
         with pytest.raises(TokenwireError, match="without a model"):
             client.model("m")
-        with pytest.raises(TokenwireError, match="page just read"):
+        with pytest.raises(TokenwireError, match="a page that was read"):
             client.models()
+
+
+def test_pages_of_models_that_go_in_a_circle_are_an_error() -> None:
+    """a, b, a: not the page just read, and yet without an end."""
+    receiver = Core("localhost:1", environ={}).models({})
+    next(receiver)
+    for token in "ab":
+        receiver.send(ListModelsResponse(next_page_token=token))
+    with pytest.raises(TokenwireError, match="a page that was read"):
+        receiver.send(ListModelsResponse(next_page_token="a"))
 
 
 # --- tokens and models --------------------------------------------------------------

@@ -1,6 +1,7 @@
 //! The client, and a builder for each of its calls.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -549,6 +550,7 @@ impl ModelsCall {
         let mut limits = Limits::without_deadline(cancelled);
         let mut models = Vec::new();
         let mut page_token = String::new();
+        let mut read = HashSet::new(); // tokens of pages
         loop {
             let options = CallOptions {
                 timeout,
@@ -557,15 +559,15 @@ impl ModelsCall {
                 cancelled: None,
             };
             let call = client.call(Method::ListModels, options)?;
-            let request = v1::ListModelsRequest { page_size, page_token: page_token.clone() };
+            let request = v1::ListModelsRequest { page_size, page_token };
             let page = client.shared.transport.unary(call, request);
             let page: v1::ListModelsResponse = limits.over(page).await?;
             models.extend(page.models);
             if page.next_page_token.is_empty() {
                 return Ok(models);
             }
-            if page.next_page_token == page_token {
-                let message = "the list of models goes on with the page just read";
+            if !read.insert(page.next_page_token.clone()) {
+                let message = "the list of models goes on with a page that was read";
                 return Err(Error::incomplete(message));
             }
             page_token = page.next_page_token;

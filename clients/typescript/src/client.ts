@@ -178,16 +178,18 @@ export class Tokenwire implements AsyncDisposable {
   async models(options: CallOptions = {}): Promise<Model[]> {
     onlyCallOptions(options);
     const models: Model[] = [];
+    const read = new Set<string>(); // tokens of pages
     let pageToken = "";
     do {
       const request = create(ModelService.method.listModels.input, { pageToken });
       const call = prepared(ModelService.method.listModels, request, options, this.#timeoutMs);
       const page = await this.#transport.unary(call);
       models.push(...page.models.map(modelOf));
-      if (pageToken !== "" && page.nextPageToken === pageToken) {
-        throw incomplete("the list of models goes on with the page just read", call);
-      }
       pageToken = page.nextPageToken;
+      if (read.has(pageToken)) {
+        throw incomplete("the list of models goes on with a page that was read", call);
+      }
+      read.add(pageToken);
     } while (pageToken !== "");
     return models;
   }

@@ -353,17 +353,19 @@ class Core:
     def models(self, options: CallOptions) -> Procedure[list[Model]]:
         only_call_options(options)
         models: list[Model] = []
+        read: set[str] = set()  # tokens of pages
         token = ""
         while True:
             request = ListModelsRequest(page_token=token)
             call = self._unary("ListModels", request, options)
             response = yield call
             models.extend(response.models)
-            if token and token == response.next_page_token:
-                raise _incomplete("the list of models goes on with the page just read", call)
             token = response.next_page_token
             if not token:
                 return models
+            if token in read:
+                raise _incomplete("the list of models goes on with a page that was read", call)
+            read.add(token)
 
     def model(self, name: str, options: CallOptions) -> Procedure[Model]:
         only_call_options(options)
