@@ -112,23 +112,29 @@ public final class ChatPublisher implements Flow.Publisher<ChatEvent> {
     }
 
     void start() {
-      try {
-        synchronized (this) {
-          if (over) {
-            return;
-          }
-          call.start(this, 0);
-          started = true;
-          if (misuse != null) {
-            call.cancel("the subscriber asked for nothing");
-          }
-          ask();
+      synchronized (this) {
+        if (over) {
+          return;
         }
-      } catch (RuntimeException e) { // such as from the caller's own token supplier
+      }
+      try {
+        // Without the lock: the caller's own token supplier may take its time, and cancel() not.
+        call.start(this, 0);
+      } catch (RuntimeException | Error e) { // such as from that supplier
         if (finish()) {
           subscriber.onError(e);
         }
+        return;
       }
+      boolean left;
+      synchronized (this) {
+        started = true;
+        left = over || misuse != null;
+      }
+      if (left) {
+        call.cancel("the subscriber left, or asked for nothing, while the call began");
+      }
+      ask();
     }
 
     Reply reply() {
@@ -153,7 +159,7 @@ public final class ChatPublisher implements Flow.Publisher<ChatEvent> {
 
     @Override
     public void cancel() {
-      synchronized (this) { // in one look: start() would miss what comes between two
+      synchronized (this) { // in one look: who comes before `started` leaves it to start()
         if (over) {
           return;
         }

@@ -29,6 +29,7 @@ import java.nio.file.Files;
 import java.nio.file.Path;
 import java.time.Duration;
 import java.util.ArrayList;
+import java.util.HashSet;
 import java.util.List;
 import java.util.Map;
 import java.util.Set;
@@ -453,14 +454,15 @@ public final class TokenwireClient implements AutoCloseable {
    */
   public List<ModelInfo> models(RequestOptions options) {
     List<ModelInfo> models = new ArrayList<>();
+    Set<String> read = new HashSet<>(); // tokens of pages
     String token = "";
     do {
       ListModelsRequest request = ListModelsRequest.newBuilder().setPageToken(token).build();
       var call = unary(ModelServiceGrpc.getListModelsMethod(), request, options);
       ListModelsResponse page = Unary.await(call, Function.identity());
       page.getModelsList().forEach(model -> models.add(ModelInfo.of(model)));
-      if (!token.isEmpty() && token.equals(page.getNextPageToken())) {
-        String told = "the list of models goes on with the page just read";
+      if (!read.add(page.getNextPageToken())) {
+        String told = "the list of models goes on with a page that was read";
         throw TokenwireException.incomplete(told, call.requestId, null);
       }
       token = page.getNextPageToken();
@@ -510,7 +512,7 @@ public final class TokenwireClient implements AutoCloseable {
       Call<?, R> call, Function<? super R, T> convert, BiConsumer<T, Throwable> callback) {
     try {
       call.start(new Unary<>(call, convert, callback), 2);
-    } catch (RuntimeException e) { // such as from the caller's own token supplier
+    } catch (RuntimeException | Error e) { // such as from the caller's own token supplier
       callback.accept(null, e);
     }
   }

@@ -13,6 +13,7 @@ import io.grpc.Context;
 import io.grpc.Grpc;
 import io.grpc.HandlerRegistry;
 import io.grpc.InsecureServerCredentials;
+import io.grpc.Metadata;
 import io.grpc.MethodDescriptor;
 import io.grpc.Server;
 import io.grpc.ServerMethodDefinition;
@@ -46,7 +47,9 @@ import java.util.concurrent.LinkedBlockingQueue;
 import java.util.concurrent.TimeUnit;
 import java.util.concurrent.atomic.AtomicInteger;
 import java.util.concurrent.atomic.AtomicReference;
+import java.util.function.BooleanSupplier;
 import java.util.function.Consumer;
+import java.util.function.Supplier;
 import java.util.stream.StreamSupport;
 import org.junit.jupiter.api.AfterEach;
 import org.junit.jupiter.api.Test;
@@ -632,6 +635,19 @@ class ClientTest {
   }
 
   @Test
+  void aBatchThatItsCallerLeftIsNoBatchWhateverCame() {
+    var items = BatchParams.builder().item("", HI).item("", HI).build().proto().getItemsList();
+    var results = new BatchStream.Results("r", items, null);
+    results.add(resultOf(0));
+    Status left = Status.CANCELLED;
+    TokenwireException failure = TokenwireException.of(left, new Metadata(), "r", null);
+    assertEquals(failure, assertThrows(TokenwireException.class, () -> results.ordered(failure)));
+    Status late = Status.DEADLINE_EXCEEDED;
+    TokenwireException told = TokenwireException.of(late, new Metadata(), "r", null);
+    assertEquals(told, results.ordered(told).get(1).error().orElseThrow());
+  }
+
+  @Test
   void anInterruptedBatchIsNoBatch() throws Exception {
     gateway.hang().reply("one");
     AtomicReference<TokenwireException> thrown = new AtomicReference<>();
@@ -646,10 +662,7 @@ class ClientTest {
               flag.set(Thread.currentThread().isInterrupted());
             });
     waiting.start();
-    while (gateway.calls().isEmpty()) {
-      Thread.sleep(5);
-    }
-    Thread.sleep(300); // the first result is there
+    eventually(() -> !gateway.calls().isEmpty());
     waiting.interrupt();
     waiting.join(SOON.toMillis());
     assertEquals(Status.Code.CANCELLED, thrown.get().code());
@@ -708,6 +721,14 @@ class ClientTest {
     }
   }
 
+  private static void eventually(BooleanSupplier holds) throws InterruptedException {
+    long end = System.nanoTime() + SOON.toNanos();
+    while (!holds.getAsBoolean()) {
+      assertTrue(System.nanoTime() < end, "not in time");
+      Thread.sleep(5);
+    }
+  }
+
   private static BatchChatResponse resultOf(int index) {
     return BatchChatResponse.newBuilder()
         .setIndex(index)
@@ -749,41 +770,75 @@ class ClientTest {
   }
 
   @Test
-  void aSubscriberThatCancelsFromAnotherThreadEndsTheCallWheneverItDoes() throws Exception {
-    var pool = Executors.newSingleThreadExecutor();
-    try {
-      for (int i = 0; i < 200; i++) {
-        gateway.hang("a");
-        int before = gateway.calls().size();
-        client
-            .streamAsync(HI)
-            .subscribe(
-                new Flow.Subscriber<>() {
-                  @Override
-                  public void onSubscribe(Flow.Subscription subscription) {
-                    subscription.request(1);
-                    pool.execute(subscription::cancel);
+  void aCancelWhileTheTokenIsAskedForNeitherWaitsNorIsLost() throws Exception {
+    CountDownLatch asked = new CountDownLatch(1);
+    CountDownLatch answers = new CountDownLatch(1);
+    AtomicReference<Flow.Subscription> subscription = new AtomicReference<>();
+    var pool = Executors.newFixedThreadPool(2);
+    try (TokenwireClient other =
+        TokenwireClient.builder(gateway.target())
+            .token(
+                () -> {
+                  asked.countDown();
+                  try {
+                    answers.await();
+                  } catch (InterruptedException e) {
+                    throw new IllegalStateException(e);
                   }
+                  return "t";
+                })
+            .build()) {
+      gateway.hang("a");
+      var subscribing =
+          pool.submit(
+              () ->
+                  other
+                      .streamAsync(HI)
+                      .subscribe(
+                          new Flow.Subscriber<>() {
+                            @Override
+                            public void onSubscribe(Flow.Subscription given) {
+                              subscription.set(given);
+                              given.request(1);
+                            }
 
-                  @Override
-                  public void onNext(ChatEvent event) {}
+                            @Override
+                            public void onNext(ChatEvent event) {}
 
-                  @Override
-                  public void onError(Throwable failure) {}
+                            @Override
+                            public void onError(Throwable failure) {}
 
-                  @Override
-                  public void onComplete() {}
-                });
-        for (ReceivedCall call : gateway.calls().subList(before, gateway.calls().size())) {
-          assertTrue(call.awaitCancelled(SOON));
+                            @Override
+                            public void onComplete() {}
+                          }));
+      assertTrue(asked.await(SOON.toSeconds(), TimeUnit.SECONDS));
+      pool.submit(() -> subscription.get().cancel()).get(SOON.toSeconds(), TimeUnit.SECONDS);
+      answers.countDown();
+      subscribing.get(SOON.toSeconds(), TimeUnit.SECONDS);
+      other.models(); // behind the call on the same connection: had it left, it is there now
+      for (ReceivedCall call : gateway.calls()) {
+        if (call.method().endsWith("StreamChat")) {
+          assertTrue(call.awaitCancelled(SOON), "the upstream would go on");
         }
       }
-      Thread.sleep(200);
-      for (ReceivedCall call : gateway.calls()) {
-        assertTrue(call.awaitCancelled(SOON));
-      }
     } finally {
+      answers.countDown();
       pool.shutdownNow();
+    }
+  }
+
+  @Test
+  void anErrorOfTheTokenSupplierEndsTheFuture() {
+    Supplier<String> broken =
+        () -> {
+          throw new AssertionError("no token");
+        };
+    try (TokenwireClient other = TokenwireClient.builder(gateway.target()).token(broken).build()) {
+      var failed = assertThrows(CompletionException.class, () -> other.chatAsync(HI).join());
+      assertInstanceOf(AssertionError.class, failed.getCause());
+      var each = other.streamAsync(HI).forEach(event -> {});
+      assertInstanceOf(
+          AssertionError.class, assertThrows(CompletionException.class, each::join).getCause());
     }
   }
 
