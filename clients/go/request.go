@@ -3,9 +3,7 @@ package tokenwire
 import (
 	"encoding/json"
 	"fmt"
-	"maps"
 	"math"
-	"slices"
 
 	"google.golang.org/protobuf/proto"
 
@@ -190,7 +188,7 @@ func (r Request) proto() (*pb.ChatRequest, *Error) {
 		request.UnsupportedParameterPolicy = pb.UnsupportedParameterPolicy_UNSUPPORTED_PARAMETER_POLICY_DROP
 	}
 	if r.Labels != nil {
-		request.Labels = maps.Clone(r.Labels) // a stream is sent when it is first read
+		request.Labels = r.Labels
 		for key, value := range r.Labels {
 			if err := checkText("labels", key, value); err != nil {
 				return nil, err
@@ -244,7 +242,7 @@ func (r Request) setParams(request *pb.ChatRequest) *Error {
 		*field.to = &value
 	}
 	if r.Stop != nil {
-		params.Stop = slices.Clone(r.Stop)
+		params.Stop = r.Stop
 		if err := checkText("params.stop", r.Stop...); err != nil {
 			return err
 		}

@@ -10,6 +10,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
 
 	pb "github.com/tokenwire/tokenwire/clients/go/tokenwire/v1"
 )
@@ -55,6 +56,8 @@ func (c *Client) Stream(ctx context.Context, request Request, options ...StreamO
 	if refusal != nil {
 		s.end = refusal
 	}
+	// It is sent when the stream is first read, and must not notice what becomes of request until then.
+	chat = proto.CloneOf(chat)
 	s.request = &pb.StreamChatRequest{Chat: chat, Mode: s.call.mode, MaxDelay: s.call.maxDelay}
 	return s
 }

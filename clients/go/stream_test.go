@@ -416,10 +416,16 @@ func TestAStreamAsksWhatItWasMadeFor(t *testing.T) {
 	request := hi
 	request.Stop = []string{"a"}
 	request.Labels = map[string]string{"team": "a"}
+	request.Tools = []tokenwire.Tool{{Name: "a"}}
+	request.ToolNames = []string{"a"}
+	request.Temperature = tokenwire.Ptr(0.5)
 	stream := gateway.Client(t).Stream(ctx, request)
 	request.Stop[0], request.Labels["team"] = "b", "b" // before the first read sends it
+	request.ToolNames[0], *request.Temperature = "b", 1
 	must[*tokenwire.Reply](t)(stream.Reply())
 	sent := gateway.Calls()[0].Chat()
 	equal(t, "stop", sent.GetParams().GetStop()[0], "a")
 	equal(t, "label", sent.GetLabels()["team"], "a")
+	equal(t, "tool", sent.GetToolChoice().GetToolNames()[0], "a")
+	equal(t, "temperature", sent.GetParams().GetTemperature(), 0.5)
 }
