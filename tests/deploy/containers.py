@@ -3,6 +3,8 @@ their own below build/image."""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 import subprocess
@@ -18,6 +20,12 @@ import pytest
 from deploy.tools import ROOT, missing, run
 
 BASE = "localhost/tokenwire-base"
+IMAGE = "localhost/tokenwire"
+# What `.dockerignore` lets into a build, and what makes it.
+_SOURCES = (
+    *("Dockerfile", ".dockerignore", "service/requirements.txt", "deploy/image/assemble.py"),
+    *("service/tokenwire_service", "clients/python/src/tokenwire"),
+)
 _BUILD = ROOT / "build/image"
 _CONFIGURATION = """\
 [containers]
@@ -31,6 +39,17 @@ LOCKED_DOWN = (
     *("--network", "none", "--read-only", "--read-only-tmpfs=false", "--cap-drop", "all"),
     *("--security-opt", "no-new-privileges", "--memory", "512m"),
 )
+
+
+def _digest(arguments: dict[str, str]) -> str:
+    """Of all that the image is made from."""
+    digest = hashlib.sha256(repr(sorted(arguments.items())).encode())
+    for source in _SOURCES:
+        path = ROOT / source
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file() and "__pycache__" not in file.parts:
+                digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -48,18 +67,43 @@ class Engine:
         configuration.write_text(_CONFIGURATION)
         return cls(configuration)
 
-    def _run(self, program: str, *arguments: str | Path, check: bool = True) -> str:
-        store = ("--root", _BUILD / "store", "--runroot", _BUILD / "run")
-        return run(
-            *(program, *store, *arguments),
-            check=check,
-            CONTAINERS_CONF=str(self.configuration),
-            BUILDAH_ISOLATION="chroot",
-        ).strip()
+    def _command(self, program: str, *arguments: str | Path) -> tuple[str | Path, ...]:
+        return (program, "--root", _BUILD / "store", "--runroot", _BUILD / "run", *arguments)
+
+    def _variables(self) -> dict[str, str]:
+        return {"CONTAINERS_CONF": str(self.configuration), "BUILDAH_ISOLATION": "chroot"}
 
     def podman(self, *arguments: str | Path, check: bool = True) -> str:
         """What it writes."""
-        return self._run("podman", *arguments, check=check)
+        command = self._command("podman", *arguments)
+        return run(*command, check=check, **self._variables()).strip()
+
+    def log(self, name: str) -> str:
+        """Both outputs of a container."""
+        ran = subprocess.run(
+            self._command("podman", "logs", name),
+            env={**os.environ, **self._variables()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=True,
+        )
+        return ran.stdout
+
+    def built(self, **arguments: str) -> str:
+        """The tag of the image of the sources as they are now. It is built by whoever asks first;
+        the test processes beside it wait."""
+        with (_BUILD / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            base = self.podman("image", "inspect", "--format", "{{.Id}}", BASE)
+            tag = f"{IMAGE}:test-{_digest({**arguments, 'base': base})}"
+            images = self.podman("image", "ls", "--format", "{{.Repository}}:{{.Tag}}").split()
+            if tag not in images:
+                self.build(tag, **arguments)
+                for old in images:
+                    if old.startswith(f"{IMAGE}:test-"):
+                        self.podman("image", "rm", "--force", old)
+        return tag
 
     def build(self, tag: str, **arguments: str) -> None:
         """Builds the project's Dockerfile as it is, from the start, without a network."""
@@ -69,7 +113,8 @@ class Engine:
         date = ("--timestamp", arguments["SOURCE_DATE_EPOCH"])
         alone = ("--network", "none", "--no-cache", "--quiet")
         base = ("--build-arg", f"BASE={BASE}")
-        self._run("buildah", "bud", *alone, *base, *given, *date, "--tag", tag, ROOT)
+        bud = ("bud", *alone, *base, *given, *date, "--tag", tag, ROOT)
+        run(*self._command("buildah", *bud), **self._variables())
 
     def image(self, tag: str) -> dict[str, Any]:
         """What is known of it."""
@@ -105,7 +150,7 @@ class Engine:
             self.podman("pod", "rm", "--force", "--time", "0", pod, check=False)
             for kind in ("volume", "secret"):
                 for name in self.podman(kind, "ls", "--format", "{{.Name}}").splitlines():
-                    self.podman(kind, "rm", name)
+                    self.podman(kind, "rm", name, check=False)
 
 
 @dataclass(frozen=True)
@@ -118,23 +163,7 @@ class Container:
     @property
     def log(self) -> str:
         """Both its outputs."""
-        command = (
-            "podman",
-            "--root",
-            _BUILD / "store",
-            "--runroot",
-            _BUILD / "run",
-            "logs",
-            self.name,
-        )
-        ran = subprocess.run(
-            command,
-            env={**os.environ, "CONTAINERS_CONF": str(self.engine.configuration)},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return ran.stdout + ran.stderr
+        return self.engine.log(self.name)
 
     def event(self, name: str) -> dict[str, Any]:
         """The first line of the log with this event, once it is there."""

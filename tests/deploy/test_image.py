@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -15,9 +16,10 @@ import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from deploy.containers import LOCKED_DOWN, Container, Engine
+from deploy.containers import IMAGE, LOCKED_DOWN, Container, Engine
 from deploy.tools import ROOT, rendered, run, tool
-from harness import Start, request, simulate, upstream
+from harness import request, simulate, stream_request
+from processes import begun, paced
 from tokenwire.v1 import (
     chat_service_pb2_grpc,
     tokenizer_service_pb2,
@@ -26,10 +28,10 @@ from tokenwire.v1 import (
 from tokenwire_service.simulator import Simulator
 
 Simulated = tuple[Simulator, str]
-TAG = "localhost/tokenwire:test"
 DATE = 1_700_000_000  # seconds since 1970
 LABELS = {"VERSION": "1.2.3", "REVISION": "abcdef", "SOURCE": "https://example.com/tokenwire"}
 SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 HELLO = tokenizer_service_pb2.TokenizeRequest(model="gpt-4o", texts=["hello world"])
 # Longer than the rest of the suite's: a build on a busy machine takes a minute.
 pytestmark = pytest.mark.timeout(300)
@@ -41,10 +43,9 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def image(engine: Engine) -> dict[str, Any]:
-    """Built once for all tests; what is known of it."""
-    engine.build(TAG, SOURCE_DATE_EPOCH=str(DATE), **LABELS)
-    return engine.image(TAG)
+def image(engine: Engine) -> str:
+    """Its tag. Built once for all tests."""
+    return engine.built(SOURCE_DATE_EPOCH=str(DATE), **LABELS)
 
 
 def test_hadolint_finds_nothing() -> None:
@@ -62,16 +63,17 @@ def test_the_base_is_pinned_by_digest_and_an_argument() -> None:
     ]
 
 
-def test_a_second_build_gives_the_same_image(engine: Engine, image: dict[str, Any]) -> None:
-    engine.build(f"{TAG}-again", SOURCE_DATE_EPOCH=str(DATE), **LABELS)
-    again = engine.image(f"{TAG}-again")
-    assert again["RootFS"] == image["RootFS"]
-    assert again["Digest"] == image["Digest"]
-    engine.podman("image", "rm", f"{TAG}-again")
+def test_a_second_build_gives_the_same_image(engine: Engine, image: str) -> None:
+    engine.build(f"{IMAGE}:again", SOURCE_DATE_EPOCH=str(DATE), **LABELS)
+    known, again = engine.image(image), engine.image(f"{IMAGE}:again")
+    engine.podman("image", "rm", f"{IMAGE}:again")
+    assert again["RootFS"] == known["RootFS"]
+    assert again["Digest"] == known["Digest"]
 
 
-def test_it_says_what_it_is(image: dict[str, Any]) -> None:
-    labels = {name.rpartition(".")[2]: value for name, value in image["Labels"].items()}
+def test_it_says_what_it_is(engine: Engine, image: str) -> None:
+    known = engine.image(image)
+    labels = {name.rpartition(".")[2]: value for name, value in known["Labels"].items()}
     assert labels | {"name": "", "version": "1.2.3"} == {
         "title": "tokenwire",
         "description": "A gRPC gateway for LLM chat",
@@ -81,15 +83,15 @@ def test_it_says_what_it_is(image: dict[str, Any]) -> None:
         "source": "https://example.com/tokenwire",
         "name": "",
     }
-    config = image["Config"]
+    config = known["Config"]
     assert config["User"] == "65532:65532"
     assert config["StopSignal"] == "SIGTERM"
     assert config["Entrypoint"] == ["tokenwire"]
-    assert len(image["RootFS"]["Layers"]) == 1
+    assert len(known["RootFS"]["Layers"]) == 1
 
 
-def test_nothing_in_it_can_be_started_but_python(engine: Engine, image: dict[str, Any]) -> None:
-    with engine.files(TAG) as root:
+def test_nothing_in_it_can_be_started_but_python(engine: Engine, image: str) -> None:
+    with engine.files(image) as root:
         files = [path for path in root.rglob("*") if path.is_file() and not path.is_symlink()]
         programs = {path.name for path in files if path.stat().st_mode & 0o111}
         (loader,) = {name for name in programs if name.startswith("ld-linux")}
@@ -108,14 +110,14 @@ def test_nothing_in_it_can_be_started_but_python(engine: Engine, image: dict[str
 
 
 async def test_it_serves_without_rights_network_or_a_place_to_write(
-    engine: Engine, image: dict[str, Any], tmp_path: Path
+    engine: Engine, image: str, tmp_path: Path
 ) -> None:
     sockets = tmp_path / "sockets"
     sockets.mkdir()
     os.chown(sockets, 65532, 65532)
     mount = ("--volume", f"{sockets}:/run/tokenwire")
     listen = ("--env", "TOKENWIRE_LISTEN=unix:/run/tokenwire/grpc.sock")
-    with engine.running(TAG, *LOCKED_DOWN, *mount, *listen) as gateway:
+    with engine.running(image, *LOCKED_DOWN, *mount, *listen) as gateway:
         gateway.event("serving")
         known = gateway.inspect()
         assert known["HostConfig"]["ReadonlyRootfs"] is True
@@ -140,8 +142,11 @@ async def test_it_serves_without_rights_network_or_a_place_to_write(
 
 
 @pytest.fixture
-def pod(engine: Engine, image: dict[str, Any], simulator: Simulated) -> Iterator[Container]:
-    """The chart's Deployment as a Pod on this machine, its upstream the simulator of the tests."""
+def pod(
+    engine: Engine, image: str, simulator: Simulated
+) -> Iterator[tuple[Container, dict[str, Any]]]:
+    """The chart's Deployment as a Pod on this machine, its upstream the simulator of the tests; and
+    what the chart says of its container."""
     config = {
         "upstreams": {
             "test": {
@@ -150,23 +155,24 @@ def pod(engine: Engine, image: dict[str, Any], simulator: Simulated) -> Iterator
                 "passthrough": True,
             }
         },
-        "drain": {"propagation": "0s", "grace": "5s"},
+        "drain": {"propagation": "1s", "grace": "20s"},
         "admin": {"listen": "off"},
     }
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     (manifests,) = rendered(
         {
-            "image": {"repository": TAG.partition(":")[0], "tag": "test", "pullPolicy": "Never"},
+            "image": {"repository": IMAGE, "tag": image.rpartition(":")[2], "pullPolicy": "Never"},
             "config": json.dumps(config),
-            "replicas": 1,
             "port": port,
             "listenHost": "127.0.0.1",
         }
     )
     (deployment,) = yaml.safe_load_all(manifests["deployment.yaml"])
+    deployment["spec"]["replicas"] = 1
     spec = deployment["spec"]["template"]["spec"]
-    del spec["containers"][0]["ports"]  # podman maps none into the machine's own network
+    (container,) = spec["containers"]
+    del container["ports"]  # podman maps none into the machine's own network
     for volume in spec["volumes"]:
         for source in ("secret", "configMap"):
             if source in volume:
@@ -177,47 +183,46 @@ def pod(engine: Engine, image: dict[str, Any], simulator: Simulated) -> Iterator
         "metadata": {"name": "tokenwire-keys"},
         "data": {"test": b64encode(b"sk-test-k1").decode()},
     }
-    played = "---\n".join(
-        (manifests["configmap.yaml"], yaml.safe_dump(secret), yaml.safe_dump(deployment))
-    )
-    with engine.playing(played, "tokenwire-pod-0", "tokenwire") as container:
-        yield container
+    parts = (manifests["configmap.yaml"], yaml.safe_dump(secret), yaml.safe_dump(deployment))
+    with engine.playing("---\n".join(parts), "tokenwire-pod-0", "tokenwire") as played:
+        yield played, container
 
 
-async def test_the_charts_pod_serves(pod: Container) -> None:
-    address = pod.event("serving")["address"]
-    async with grpc.aio.insecure_channel(address) as channel:
-        chat = chat_service_pb2_grpc.ChatServiceStub(channel)
-        answer = await chat.Chat(request(extra_body_json=simulate(text="pong")))
-        assert answer.choices[0].message.content == "pong"
-    known = pod.inspect()
+async def test_the_charts_pod_serves_and_leaves_as_its_probes_say(
+    pod: tuple[Container, dict[str, Any]],
+) -> None:
+    gateway, container = pod
+    known = gateway.inspect()
     assert known["HostConfig"]["ReadonlyRootfs"] is True
     assert known["EffectiveCaps"] in (None, [])
     assert known["Config"]["User"] == "65532:65532"
-    assert pod.terminated() == 0
 
+    async with grpc.aio.insecure_channel(gateway.event("serving")["address"]) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
 
-@pytest.mark.parametrize(
-    "probe",
-    [
-        "startup",
-        "readiness",
-        pytest.param(
-            "liveness",
-            marks=pytest.mark.xfail(
-                strict=True, reason="the gateway has no health service `liveness` yet"
-            ),
-        ),
-    ],
-)
-async def test_the_charts_probes_are_answered(
-    probe: str, start: Start, simulator: Simulated
-) -> None:
-    (manifests,) = rendered({})
-    (deployment,) = yaml.safe_load_all(manifests["deployment.yaml"])
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    gateway = await start(upstream(simulator[1]))
-    health = health_pb2_grpc.HealthStub(gateway.channel)
-    service = container[f"{probe}Probe"]["grpc"]["service"]
-    answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
-    assert answer.status == SERVING
+        async def probed() -> dict[str, int]:
+            return {
+                name: (
+                    await health.Check(
+                        health_pb2.HealthCheckRequest(
+                            service=container[f"{name}Probe"]["grpc"]["service"]
+                        )
+                    )
+                ).status
+                for name in ("startup", "readiness", "liveness")
+            }
+
+        assert await probed() == {"startup": SERVING, "readiness": SERVING, "liveness": SERVING}
+        readiness = container["readinessProbe"]["grpc"]["service"]
+        watch = health.Watch(health_pb2.HealthCheckRequest(service=readiness))
+        assert (await watch.read()).status == SERVING
+        chat = chat_service_pb2_grpc.ChatServiceStub(channel)
+        stream = await begun(chat.StreamChat(stream_request(paced(300))))
+        stopped = asyncio.create_task(asyncio.to_thread(gateway.terminated))
+        assert (await watch.read()).status == NOT_SERVING
+        drained = await probed()
+        assert (drained["readiness"], drained["liveness"]) == (NOT_SERVING, SERVING)
+        received = await stream
+    assert received.failure is None
+    assert received.kinds[-1] == "trailer"
+    assert await stopped == 0
