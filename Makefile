@@ -104,20 +104,27 @@ DEPLOY := build/deploy
 DBIN := $(DEPLOY)/venv/bin
 
 .PHONY: setup-deploy
-setup-deploy: $(DEPLOY)/.complete ## Install Helm, the linters and validators of deploy/ into build/deploy
+setup-deploy: $(DEPLOY)/.complete $(DEPLOY)/bin/.complete ## Install Helm, the linters and validators of deploy/ into build/deploy
 
 $(DEPLOY)/.complete: deploy/requirements.txt
 	@echo "Installing what checks deploy/ into $(DEPLOY)..."
 	@(test -x $(DBIN)/python || $(PYTHON) -m venv $(DEPLOY)/venv) && $(DBIN)/$(PIP_INSTALL) deploy/requirements.txt && touch $@ \
 		$(call missing,what checks deploy/ cannot be installed)
 
+$(DEPLOY)/bin/.complete: deploy/tools/go.mod deploy/tools/go.sum
+	@echo "Building kube-score into $(@D) (once; a minute)..."
+	@(cd deploy/tools && GOBIN="$(CURDIR)/$(@D)" GOFLAGS="-mod=readonly -buildvcs=false" nice go install -p 2 -ldflags="-s -w" tool && touch "$(CURDIR)/$@") \
+		$(call missing,go cannot build the programs of deploy/tools)
+
 .PHONY: manifests
 manifests: $(DEPLOY)/.complete ## Write deploy/kustomize/base from the chart
 	@$(DBIN)/python deploy/manifests.py deploy/kustomize/base
 
+SBOM := build/sbom.cdx.json
+
 .PHONY: sbom
 sbom: $(DEPLOY)/.complete ## List what the gateway is made of, as CycloneDX, into build/sbom.cdx.json
-	@$(DBIN)/cyclonedx-py requirements --output-reproducible --output-file build/sbom.cdx.json service/requirements.txt
+	@$(DBIN)/cyclonedx-py requirements --output-reproducible --output-file $(SBOM) service/requirements.txt
 
 # Builds and runs the image without a Docker engine, as root. Its base is this machine's Python, for no
 # registry of images need be there; a developer with Docker just runs `docker build`.

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy.tools import CHART, ROOT, answered, program, rendered, run, tool
+from deploy.tools import CHART, ROOT, answered, kube_score, program, rendered, run, tool
 from tokenwire_service.config import Config, check
 
 ON: dict[str, Any] = {
-    "autoscaling": {"enabled": True, "inFlight": {"enabled": True}},
+    "autoscaling": {"inFlight": {"enabled": True}},
     "redis": {"enabled": True},
     "monitoring": {"enabled": True},
     "grpcRoute": {"enabled": True},
@@ -94,6 +94,30 @@ def test_every_object_fits_the_schemas_of_kubernetes(
     assert said.count(" passed ") == len(files) * len(VERSIONS)
     kinds = {one["kind"] for one in objects(both[1])}
     assert kinds >= FOREIGN - {"PrometheusRule"} | {"HorizontalPodAutoscaler", "NetworkPolicy"}
+
+
+# What kube-score would have otherwise, and why it is not so.
+_NOT_KEPT = {
+    "container-image-pull-policy",  # a tag or a digest names one image for good
+    "deployment-has-host-podantiaffinity",  # topologySpreadConstraints do that
+}
+
+
+def test_kube_score_finds_nothing(both: list[dict[str, str]], tmp_path: Path) -> None:
+    for number, manifests in enumerate(both):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(yaml.safe_dump_all(objects(manifests)))
+        ignored = [part for name in sorted(_NOT_KEPT) for part in ("--ignore-test", name)]
+        said = run(
+            kube_score(),
+            *("score", "--output-format", "ci", "--exit-one-on-warning"),
+            # A process that is throttled holds up every stream that it carries.
+            "--ignore-container-cpu-limit",
+            *("--kubernetes-version", f"v{VERSIONS[0]}"),
+            *ignored,
+            path,
+        )
+        assert said.count("[OK] tokenwire apps/v1/Deployment") >= 10
 
 
 def test_pods_keep_the_restricted_standard(both: list[dict[str, str]]) -> None:
@@ -203,7 +227,7 @@ def test_alert_rules_of_a_file_become_a_rule(with_alerts: Path) -> None:
 )
 def test_the_kill_comes_after_the_drain(drain: dict[str, str] | None, seconds: int) -> None:
     config = yaml.safe_dump({"drain": drain} if drain is not None else {"reflection": False})
-    (manifests,) = rendered({"config": config, "autoscaling": {"enabled": True}})
+    (manifests,) = rendered({"config": config})
     assert pod_of(manifests)["spec"]["terminationGracePeriodSeconds"] == seconds
     scale_down = only(manifests, "HorizontalPodAutoscaler")["spec"]["behavior"]["scaleDown"]
     assert scale_down["policies"][0]["periodSeconds"] == min(seconds, 1800)
@@ -226,7 +250,7 @@ def test_without_a_drain_in_the_file_the_chart_reckons_with_the_gateways_own() -
         ({"secretMounts": [{"secret": "s", "path": "relative"}]}, "path"),
         ({"config": "drain: {grace: forever}"}, "config.drain: got forever"),
         ({"config": "drain: ["}, "config: not YAML"),
-        ({"autoscaling": {"enabled": True, "cpuPercent": 0}}, "neither cpuPercent nor inFlight"),
+        ({"autoscaling": {"cpuPerPod": ""}}, "neither cpuPerPod nor inFlight"),
     ],
 )
 def test_a_wrong_value_is_refused_and_named(values: dict[str, Any], told: str) -> None:
@@ -246,6 +270,7 @@ def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 OTHERS: dict[str, Any] = {
     "image.digest": "sha256:" + "a" * 64,
     "image.pullPolicy": "Always",
+    "autoscaling.cpuPerPod": "800m",
     "image.pullSecrets": ["x"],
     "envFromSecrets": ["x"],
     "env": [{"name": "X", "value": "1"}],
@@ -285,24 +310,25 @@ def another(path: str, value: Any) -> Any:
 def test_every_value_makes_a_difference(with_alerts: Path) -> None:
     defaults = yaml.safe_load((CHART / "values.yaml").read_text())
     on = copy.deepcopy(defaults)
-    for section in ("autoscaling", "redis", "monitoring", "grpcRoute"):
+    for section in ("redis", "monitoring", "grpcRoute"):
         on[section]["enabled"] = True
     on["autoscaling"]["inFlight"]["enabled"] = True
+    fixed = copy.deepcopy(on)
+    fixed["autoscaling"]["enabled"] = False  # only then `replicas` speaks
     paths, changed = [], []
-    for path, value in leaves(defaults):
-        # `replicas` speaks where nothing else scales, a tag where there is no digest.
-        values = copy.deepcopy(defaults if path == ("replicas",) else on)
+    for path, _ in leaves(defaults):
+        values = copy.deepcopy(fixed if path == ("replicas",) else on)
         at = values
         for name in path[:-1]:
             at = at[name]
-        at[path[-1]] = another(".".join(path), at[path[-1]] if path[-1] == "enabled" else value)
+        at[path[-1]] = another(".".join(path), at[path[-1]])
         paths.append(".".join(path))
         changed.append(values)
-    before_off, before_on, *after = rendered(defaults, on, *changed, chart=with_alerts)
+    before, before_fixed, *after = rendered(on, fixed, *changed, chart=with_alerts)
     without = [
         path
         for path, manifests in zip(paths, after, strict=True)
-        if manifests in (before_off, before_on)
+        if manifests == (before_fixed if path == "replicas" else before)
     ]
     assert without == []
     schema = json.loads((CHART / "values.schema.json").read_text())
@@ -366,7 +392,8 @@ def test_the_example_of_an_overlay_builds() -> None:
     (deployment,) = [one for one in built if one["kind"] == "Deployment"]
     (config,) = [one for one in built if one["kind"] == "ConfigMap"]
     assert {one["metadata"]["namespace"] for one in built} == {"llm"}
-    assert deployment["spec"]["replicas"] == 5
+    (scaler,) = [one for one in built if one["kind"] == "HorizontalPodAutoscaler"]
+    assert scaler["spec"]["minReplicas"] == 5
     spec = deployment["spec"]["template"]["spec"]
     assert spec["containers"][0]["image"] == "registry.example.com/tokenwire:0.1.0"
     (used,) = [volume["configMap"] for volume in spec["volumes"] if "configMap" in volume]

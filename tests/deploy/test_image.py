@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import socket
 from base64 import b64encode
 from collections.abc import Iterator
@@ -61,6 +62,21 @@ def test_the_base_is_pinned_by_digest_and_an_argument() -> None:
         "FROM ${BASE} AS build",
         "FROM scratch",
     ]
+
+
+def test_the_bill_of_materials_lists_every_package(tmp_path: Path) -> None:
+    path = tmp_path / "sbom.cdx.json"
+    tool("cyclonedx-py")  # else the target would install it now
+    run("make", "sbom", f"SBOM={path}")
+    listed = {
+        (component["name"], component["version"]): component["externalReferences"]
+        for component in json.loads(path.read_text())["components"]
+    }
+    pinned = re.findall(
+        r"^([\w.-]+)==([^\s;]+)", (ROOT / "service/requirements.txt").read_text(), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(pinned)
+    assert all(any(one.get("hashes") for one in references) for references in listed.values())
 
 
 def test_a_second_build_gives_the_same_image(engine: Engine, image: str) -> None:

@@ -33,6 +33,14 @@ def tool(name: str) -> Path:
     return found
 
 
+def kube_score() -> Path:
+    """What judges manifests; `make setup-deploy` builds it."""
+    found = ROOT / "build/deploy/bin/kube-score"
+    if not found.exists():
+        missing("kube-score", "setup-deploy")
+    return found
+
+
 def program(name: str, target: str) -> str:
     """A program that the system has."""
     found = shutil.which(name)
