@@ -147,6 +147,11 @@ class Gateway:
         return self._admission.waiting
 
     @property
+    def dropped(self) -> int:
+        """Calls refused for want of a slot here and of a place to wait for one."""
+        return self._admission.dropped
+
+    @property
     def retry_budget(self) -> float:
         """Retries that may be made now, over all calls."""
         return self._budget.balance
