@@ -252,9 +252,11 @@ def normalise(root: Path, date: int) -> None:
 
 
 def prove(root: Path) -> None:
-    """What the gateway imports when it serves can be imported within the root."""
+    """Every module of the gateway can be imported within the root."""
     imports = (
-        "import tokenwire_service.server, tokenwire_service.simulated, tokenwire_service.terminal"
+        "import importlib, pkgutil, tokenwire_service as package\n"
+        "for module in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):\n"
+        "    if not module.name.endswith('__main__'): importlib.import_module(module.name)"
     )
     ran = subprocess.run(
         [APP / "bin/python", "-B", "-c", imports],
