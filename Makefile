@@ -94,6 +94,12 @@ setup-page: ## Install Chromium, which the tests of the status page look through
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium fonts-dejavu-core >/dev/null; } \
 		$(call missing,Chromium cannot be installed)
 
+# Prometheus and its promtool for tests/monitoring. Debian's package, which only root installs.
+.PHONY: setup-monitoring
+setup-monitoring: ## Install Prometheus, which reads a gateway in the tests of deploy/monitoring
+	@command -v promtool >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends prometheus >/dev/null; } \
+		$(call missing,Prometheus cannot be installed)
+
 .PHONY: screenshots
 screenshots: $(BIN)/.complete ## Draw the pictures of the status page in docs/images anew
 	@TOKENWIRE_SCREENSHOTS=$(CURDIR)/docs/images CI=1 $(BIN)/pytest tests/page -k picture
@@ -237,7 +243,7 @@ check: $(BIN)/.complete $(CONTRACT)/.complete check-contract ## Everything CI ch
 BESIDE := --numprocesses 3 --dist worksteal
 
 .PHONY: test
-test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete $(if $(CI),setup-wire setup-page setup-deploy setup-image setup-bench build/servers/litellm/.complete) ## Run every test (ARGS="-k name" narrows)
+test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete $(if $(CI),setup-wire setup-page setup-monitoring setup-deploy setup-image setup-bench build/servers/litellm/.complete) ## Run every test (ARGS="-k name" narrows)
 	$(BIN)/pytest $(or $(ARGS),$(BESIDE) --ignore tests/simulation)
 	$(if $(ARGS),,$(BIN)/pytest tests/simulation)
 	@$(if $(ARGS),,$(call in-clients,test))
