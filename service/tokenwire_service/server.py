@@ -54,6 +54,7 @@ from tokenwire_service.upstream.dialects import chooser
 
 if TYPE_CHECKING:
     from tokenwire_service.metrics import Observed
+    from tokenwire_service.otlp import Otlp
 
 SERVICES = (
     chat_service_pb2.DESCRIPTOR.services_by_name["ChatService"].full_name,
@@ -135,12 +136,12 @@ async def serving(
         recent = Recent(lambda: gateway.in_flight)
         scrub = scrub or log_scrubber()
         metrics = _metrics(config, scrub)
-        observer = Observers(
-            observer or LogObserver(logger),
-            counters,
-            recent,
-            *(() if metrics is None else (metrics,)),
-        )
+        otlp = _otlp(config, scrub)
+        wanted: list[Observer | None] = [observer or LogObserver(logger), counters, recent, metrics]
+        if otlp is not None:
+            stack.push_async_callback(otlp.close)  # last of all: what ends now is told, too
+            wanted.append(otlp.observer)
+        observer = Observers(*(each for each in wanted if each is not None))
         pools: dict[str, Pool] = {}
         dialect = chooser()
         for upstream in config.upstreams:
@@ -159,7 +160,10 @@ async def serving(
         counter = TokenCounter(config.limits.tokenizer_bytes)
         stack.callback(counter.close)
         callers = Callers(config.callers)
-        boundary = Boundary(observer, logger, config.limits.message_bytes, callers=callers)
+        tracer = None if otlp is None else otlp.tracer
+        boundary = Boundary(
+            observer, logger, config.limits.message_bytes, callers=callers, tracer=tracer
+        )
         server = grpc.aio.server(
             interceptors=(boundary,),
             options=(
@@ -201,7 +205,7 @@ async def serving(
         exposed = ""
         if metrics is not None:
             exposed = await _metrics_page(
-                metrics, gateway, config, pools, counters, files, logger, stack
+                metrics, otlp, gateway, config, pools, counters, files, logger, stack
             )
         await server.start()
         stack.push_async_callback(server.stop, grace)
@@ -386,8 +390,18 @@ def _relayed(recent: Recent, metrics: Observed | None) -> Relayed:
     return relayed
 
 
+def _otlp(config: Config, scrub: Scrubber) -> Otlp | None:
+    """Who tells the collector; None where there is none."""
+    if config.otlp.endpoint is None:
+        return None
+    from tokenwire_service import otlp  # takes a while to load, and some MiB
+
+    return otlp.Otlp(config, scrub)
+
+
 async def _metrics_page(
     metrics: Observed,
+    otlp: Otlp | None,
     gateway: Gateway,
     config: Config,
     pools: Mapping[str, Pool],
@@ -401,7 +415,9 @@ async def _metrics_page(
     from tokenwire_service.metrics import FirstConfig, Standing, exposition, watch_process
 
     registry = metrics.registry
-    registry.register(Standing(gateway, config, pools, counters, files, FirstConfig()))
+    spans: Callable[[], Mapping[str, int]] = dict if otlp is None else otlp.spans
+    standing = Standing(gateway, config, pools, counters, files, FirstConfig(), spans=spans)
+    registry.register(standing)
     watch_process(registry)
     routes = {"/metrics": httplistener.page(lambda accept: exposition(registry, accept))}
     listen = config.metrics.listen
