@@ -643,6 +643,28 @@ class Config(Struct, frozen=True, kw_only=True):
         return not self.upstreams
 
 
+# What takes effect when the file changes while the gateway runs; what is not named here, as it may
+# be new, stays as it is until a restart. docs/configuration.md says the same.
+RELOADED = frozenset(
+    {
+        "callers",
+        "limits.in_flight",
+        "limits.queue",
+        "limits.batch_items_at_once",
+        "limits.tokenizer_bytes",
+        "limits.upstream_answer_bytes",
+        "limits.upstream_event_bytes",
+        "timeouts",
+        "drain",
+        "log.level",
+        "retries",
+        "key_file_interval",
+        "upstreams",
+        "models",
+    }
+)
+
+
 def dialect_of(upstream: Upstream, model: Model | None, model_name: str) -> str:
     """What is spoken for one model there."""
     dialect = (model and model.dialect) or upstream.dialect
