@@ -138,7 +138,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _serve_config(config: Config, source: Source | None) -> None:
+async def _serve_config(config: Config, source: Source | None = None) -> None:
     from tokenwire_service.server import Running, serve_until_signalled
     from tokenwire_service.simulated import with_simulator
     from tokenwire_service.telemetry import configure_logging, log_scrubber
@@ -161,6 +161,7 @@ async def _serve_config(config: Config, source: Source | None) -> None:
                         "address": running.address,
                         "admin": running.admin or "off",
                         "status_page": running.page or "off",
+                        "health": running.probes or "off",
                         "metrics": running.metrics or "off",
                         "upstreams": ",".join(u.name for u in config.upstreams),
                         "keys": sum(len(u.keys) for u in config.upstreams),

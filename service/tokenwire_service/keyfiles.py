@@ -131,7 +131,7 @@ class KeyFiles:
     def replace(self, upstreams: Iterable[Upstream]) -> tuple[Upstream, ...]:
         """Takes others, as they were just read, and returns them with the keys they have. A file
         that was watched before holds what was settled, since it may be half written just now; and
-        a key that stays keeps its id."""
+        a key that stays keeps its id, unless its entry names another now."""
         before, known = self._upstreams, self._files
         self._upstreams, self._files = {}, {}
         for upstream in upstreams:
@@ -140,7 +140,8 @@ class KeyFiles:
                     self._files[entry.path] = known.get(entry.path) or _File(entry.secrets)
             entries = self._settled(upstream)
             if entries and before:
-                stay = before.get(upstream.name, upstream).keys
+                was = before.get(upstream.name, upstream)
+                stay = [key for key in was.keys if _ids(key, was.key_entries) & _ids(key, entries)]
                 upstream = msgspec.structs.replace(
                     upstream, keys=resolved(entries, stay), key_entries=entries
                 )
@@ -215,6 +216,15 @@ class KeyFiles:
             removed=tuple(key_id for key_id in before if key_id not in after),
             changed=tuple(i for i, secret in after.items() if before.get(i, secret) != secret),
         )
+
+
+def _ids(key: Key, entries: Iterable[KeyEntry]) -> set[str | None]:
+    """What the entries that hold a key call it; None: by its fingerprint."""
+    return {
+        entry.source.id
+        for entry in entries
+        if entry.source.organization == key.organization and key.secret in entry.secrets
+    }
 
 
 def look_at(path: Path) -> Look:

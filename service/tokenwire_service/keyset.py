@@ -105,21 +105,10 @@ class Naming:
 
 
 def resolved(entries: Sequence[KeyEntry], before: Iterable[Key] = ()) -> tuple[Key, ...]:
-    """All keys of an upstream, where it had those `before`. Those that stay keep their ids, unless
-    their entry names another now."""
-    sources = [(secret, entry.source) for entry in entries for secret in entry.secrets]
-    wanted = {(secret, source.organization): source for secret, source in sources}
-    naming = Naming(
-        key
-        for key in before
-        if (source := wanted.get((key.secret, key.organization))) and _is_named_by(source, key)
-    )
+    """All keys of an upstream, where it had those `before`."""
+    wanted = {(secret, e.source.organization) for e in entries for secret in e.secrets}
+    naming = Naming(key for key in before if (key.secret, key.organization) in wanted)
     return tuple(key for entry in entries for key in naming.name(entry).keys)
-
-
-def _is_named_by(source: KeySource, key: Key) -> bool:
-    base = source.id or _fingerprint(key.secret, key.organization)
-    return re.fullmatch(rf"{re.escape(base)}(-\d+)?", key.id) is not None
 
 
 def _key(key_id: str, secret: Secret, source: KeySource) -> Key:

@@ -85,12 +85,13 @@ class CutShortError(Exception):
 @dataclass(frozen=True)
 class Running:
     """A gateway that serves. `address` is where, with the port that was really bound; `admin`,
-    `page` and `metrics` the same for operators, of the status page and for Prometheus, empty where
-    they are off."""
+    `page`, `probes` and `metrics` the same for operators, of the status page, for probes of health
+    alone and for Prometheus, empty where they are off."""
 
     address: str
     admin: str
     page: str
+    probes: str
     metrics: str
     live: Live
     server: grpc.aio.Server
@@ -194,6 +195,7 @@ async def serving(
         servicer = AdminServicer(gateway, live.pools, counters, recent, live.files, scrub, logger)
         admin = await _admin(servicer, config, logger, stack)
         page = await _status_page(servicer, config, logger, stack)
+        probes = await _health_port(health_servicer, config, stack)
         exposed = ""
         if metrics is not None:
             exposed = await _metrics_page(
@@ -207,7 +209,16 @@ async def serving(
             watches.watch(source)
         await health_servicer.started()
         yield Running(
-            address, admin, page, exposed, live, server, boundary, health_servicer, revision
+            address,
+            admin,
+            page,
+            probes,
+            exposed,
+            live,
+            server,
+            boundary,
+            health_servicer,
+            revision,
         )
 
 
@@ -339,6 +350,19 @@ async def _status_page(
         return await stack.enter_async_context(statuspage.serving(listen, servicer.status, logger))
     except httplistener.HttpListenError as error:
         raise ListenError(str(error)) from None
+
+
+async def _health_port(servicer: Health, config: Config, stack: AsyncExitStack) -> str:
+    """Opens the port for probes; where, empty for nowhere."""
+    listen = config.health.listen
+    if listen == ADMIN_OFF:
+        return ""
+    server = grpc.aio.server(options=_OPTIONS)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    address = _listen(server, listen, "health.listen")
+    await server.start()
+    stack.push_async_callback(server.stop, 0)
+    return address
 
 
 def _metrics(config: Config, scrub: Scrubber) -> Observed | None:

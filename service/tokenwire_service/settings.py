@@ -364,6 +364,14 @@ class StatusPage(Struct, frozen=True, kw_only=True):
     listen: AdminListen = ADMIN_OFF
 
 
+class HealthPort(Struct, frozen=True, kw_only=True):
+    """grpc.health.v1 alone, in plaintext and on a port of its own: probes of Kubernetes can neither
+    speak TLS nor show a certificate."""
+
+    # Port 0: any free one. The port for callers answers as well.
+    listen: OptionalListen = ADMIN_OFF
+
+
 class Metrics(Struct, frozen=True, kw_only=True):
     """Metrics for Prometheus, by HTTP and on a port of their own."""
 
@@ -627,9 +635,10 @@ class Config(Struct, frozen=True, kw_only=True):
     retries: Retries = Retries()
     admin: Admin = Admin()
     status_page: StatusPage = StatusPage()
+    health: HealthPort = HealthPort()
     metrics: Metrics = Metrics()
-    # Between two looks at each file of keys, seconds. A change is taken once two looks in a row
-    # have found the same.
+    # Between two looks at the configuration and at each file of keys, seconds. A change is taken
+    # once two looks in a row have found the same.
     key_file_interval: Annotated[float, _duration("10ms", "1h")] = 1.0
     # Empty only if `needs_simulator`.
     upstreams: tuple[Upstream, ...] = ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,6 +18,7 @@ from tokenwire_service.secret import Digest
 from tokenwire_service.settings import RELOADED, Connections, Tls
 from tokenwire_service.typed_yaml import file_fields
 
+ROOT = Path(__file__).parents[2]
 A, B, C = Look(b"a"), Look(b"b"), Look(b"c")
 GONE = Look(problem="unreadable")
 
@@ -122,6 +125,13 @@ def _paths(shape: Any = Config, prefix: str = "") -> set[str]:
 
 def test_what_is_reloaded_exists() -> None:
     assert _paths() >= RELOADED
+
+
+def test_the_documentation_says_what_takes_effect() -> None:
+    text = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    listed = re.search(r"These take effect: (.*?)\. Every other", text, re.DOTALL)
+    assert listed
+    assert set(re.findall(r"`(.+?)`", listed[1])) == RELOADED
 
 
 @pytest.mark.parametrize("same", [Config(), Config(upstreams=(upstream("http://u/v1"),))])
