@@ -11,7 +11,6 @@ import time
 from bisect import bisect_left
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
@@ -26,13 +25,12 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import choose_encoder
 
-from tokenwire_service import __version__, labels
-from tokenwire_service.config import Config
+from tokenwire_service import __version__
 from tokenwire_service.counters import Counters
 from tokenwire_service.gateway import Gateway
 from tokenwire_service.keyfiles import KeyFiles
+from tokenwire_service.labels import Labels
 from tokenwire_service.pool import Pool
-from tokenwire_service.secret import Scrubber
 from tokenwire_service.snapshot import RingView, State
 from tokenwire_service.telemetry import ABANDONED, SPANS, AttemptEvent, CallEvent
 
@@ -69,11 +67,10 @@ class Observed:
     """An observer that counts what happens. What it costs is per attempt and per call; of streams
     while they run only `relayed`."""
 
-    def __init__(self, config: Config, scrub: Scrubber) -> None:
+    def __init__(self, labels: Labels) -> None:
         # Seconds of creation, a second series beside each: of no use to who takes rates.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
-        self._asked = labels.asked(config, scrub)
-        self._sent = labels.sent(config, scrub)
+        self._labels = labels
         self.registry = registry = CollectorRegistry()
         self._rpcs = Counter(
             "tokenwire_rpcs",
@@ -158,7 +155,7 @@ class Observed:
     def attempt(self, event: AttemptEvent) -> None:
         """Counts it."""
         answered = not event.fault
-        model = self._sent.label(event.model, answered=answered)
+        model = self._labels.sent.label(event.model, answered=answered)
         upstream = event.upstream
         self._attempts.labels(upstream, model, event.fault or _OK).inc()
         self._attempt_seconds.labels(upstream).observe(event.seconds)
@@ -181,7 +178,7 @@ class Observed:
             self._key_seconds.observe(event.key_seconds)
         self._backoff_seconds.inc(event.backoff_seconds)
         if event.first_token_seconds is not None:
-            model = self._asked.label(event.model, answered=event.code == "OK")
+            model = self._labels.asked.label(event.model, answered=event.code == "OK")
             self._first_token.labels(event.upstream, model).observe(event.first_token_seconds)
         if event.prompt_tokens:
             self._caller_tokens.labels(event.caller, "prompt").inc(event.prompt_tokens)
@@ -224,14 +221,6 @@ class ConfigState(Protocol):
         """How many were not taken since the start."""
 
 
-@dataclass(frozen=True)
-class FirstConfig:
-    """That of the start, for ever."""
-
-    generation: int = 1
-    failures: int = 0
-
-
 class Standing:
     """A collector: how the gateway stands at the moment of a scrape. Read in the event loop and
     without an await, so that what it tells belongs together. `spans`: how many were sent, failed
@@ -240,7 +229,6 @@ class Standing:
     def __init__(
         self,
         gateway: Gateway,
-        config: Config,
         pools: Mapping[str, Pool],
         counters: Counters,
         files: KeyFiles,
@@ -250,7 +238,6 @@ class Standing:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._gateway = gateway
-        self._config = config
         self._pools = pools
         self._counters = counters
         self._files = files
@@ -273,7 +260,7 @@ class Standing:
         )
         for name, told, value in (
             ("in_flight_calls", "Slots in use: chats, streams until their end.", gateway.in_flight),
-            ("slots", "Chats that may run at once.", self._config.limits.in_flight),
+            ("slots", "Chats that may run at once.", gateway.slots),
             ("queued_calls", "Chats that wait for a slot of the gateway.", gateway.waiting),
             ("retry_budget", "Retries that may be made now.", gateway.retry_budget),
             ("draining", "1 while new calls are refused, for good.", gateway.draining),

@@ -29,9 +29,10 @@ from opentelemetry.trace import Span, SpanKind, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from tokenwire.v1 import chat_pb2, chat_service_pb2
-from tokenwire_service import __version__, labels
-from tokenwire_service.config import Config
+from tokenwire_service import __version__
+from tokenwire_service.labels import Labels
 from tokenwire_service.secret import Scrubber
+from tokenwire_service.settings import Otlp as Settings
 from tokenwire_service.telemetry import ABANDONED, AttemptEvent, CallEvent
 from tokenwire_service.upstream.dialect import Encoded, Route
 
@@ -95,8 +96,8 @@ def _server(route: Route) -> Attributes:
 class Otlp:
     """The collector's side: tracer and observer of one gateway. `close` sends what waits."""
 
-    def __init__(self, config: Config, scrub: Scrubber) -> None:
-        endpoint = config.otlp.endpoint
+    def __init__(self, settings: Settings, labels: Labels, scrub: Scrubber) -> None:
+        endpoint = settings.endpoint
         assert endpoint is not None
         resource = Resource.create(
             {
@@ -111,27 +112,27 @@ class Otlp:
         self._closers: list[Callable[[], object]] = []
         self._exporter: _Counting | None = None
         self._queue: _Bounded | None = None
-        if config.otlp.traces:
+        if settings.traces:
             sender = OTLPSpanExporter(endpoint, timeout=_SEND_SECONDS)
             self._exporter = _Counting(sender)
-            self._queue = _Bounded(self._exporter, config.otlp.queue)
+            self._queue = _Bounded(self._exporter, settings.queue)
             spans = TracerProvider(
-                sampler=ParentBasedTraceIdRatio(config.otlp.sampling),
+                sampler=ParentBasedTraceIdRatio(settings.sampling),
                 resource=resource,
                 shutdown_on_exit=False,
             )
             spans.add_span_processor(self._queue)
             self._closers.append(spans.shutdown)
-            self.tracer = Tracer(spans, config.otlp.propagate, scrub)
-        if config.otlp.metrics:
+            self.tracer = Tracer(spans, settings.propagate, scrub)
+        if settings.metrics:
             reader = PeriodicExportingMetricReader(
                 OTLPMetricExporter(endpoint, timeout=_SEND_SECONDS),
-                export_interval_millis=config.otlp.interval * 1000,
+                export_interval_millis=settings.interval * 1000,
                 export_timeout_millis=_SEND_SECONDS * 1000,
             )
             meters = MeterProvider((reader,), resource=resource, shutdown_on_exit=False)
             self._closers.append(meters.shutdown)
-            self.observer = Meter(meters, config, scrub)
+            self.observer = Meter(meters, labels)
 
     def spans(self) -> Mapping[str, int]:
         """What became of the spans that have ended: as telemetry.SPANS."""
@@ -388,7 +389,7 @@ def _usage(event: AttemptEvent | CallEvent) -> Attributes:
 class Meter:
     """An observer that records the conventions' histograms."""
 
-    def __init__(self, provider: MeterProvider, config: Config, scrub: Scrubber) -> None:
+    def __init__(self, provider: MeterProvider, labels: Labels) -> None:
         meter = provider.get_meter("tokenwire", __version__, schema_url=SCHEMA)
 
         def histogram(name: str, unit: str, told: str, bounds: Sequence[float]) -> Any:
@@ -414,17 +415,14 @@ class Meter:
         self._tokens = histogram(
             "gen_ai.client.token.usage", "{token}", "Tokens of a request.", _TOKENS
         )
-        self._names = labels.sent(config, scrub)
-        self._upstreams = {upstream.name: upstream for upstream in config.upstreams}
-        self._models = {(model.upstream, model.upstream_model): model for model in config.models}
+        self._labels = labels
+        self._made_for = labels.config
         self._routes: dict[tuple[str, str], Attributes] = {}  # bounded as the names are
 
     def attempt(self, event: AttemptEvent) -> None:
         """Records it."""
-        name = self._names.label(event.model, answered=not event.fault)
-        known = self._routes.get((event.upstream, name))
-        if known is None:
-            known = self._routes[event.upstream, name] = self._route(event.upstream, name)
+        name = self._labels.sent.label(event.model, answered=not event.fault)
+        known = self._route(event.upstream, name)
         attributes = known
         if event.fault:
             attributes = {**known, "error.type": event.fault}
@@ -448,10 +446,19 @@ class Meter:
         self._rpc_seconds.record(event.seconds, attributes)
 
     def _route(self, upstream: str, name: str) -> Attributes:
-        route = Route(self._upstreams[upstream], self._models.get((upstream, name)), name)
-        return {
-            "gen_ai.operation.name": "chat" if name else "list_models",
-            "gen_ai.provider.name": provider(route),
-            **({"gen_ai.request.model": name} if name else {}),
-            **_server(route),
-        }
+        config = self._labels.config
+        if config is not self._made_for:
+            self._made_for, self._routes = config, {}
+        known = self._routes.get((upstream, name))
+        if known is None:
+            known = {"gen_ai.operation.name": "chat" if name else "list_models"}
+            if name:
+                known["gen_ai.request.model"] = name
+            for found in config.upstreams:
+                if found.name == upstream:  # else it has left while this attempt ran
+                    models = (m for m in config.models if m.upstream == upstream)
+                    model = next((m for m in models if m.upstream_model == name), None)
+                    route = Route(found, model, name)
+                    known |= {"gen_ai.provider.name": provider(route), **_server(route)}
+            self._routes[upstream, name] = known
+        return known
