@@ -1,7 +1,8 @@
 """Who calls: whom a token or certificate stands for, which models it may ask, and how much.
 
-Decides at once on the state it finds, or has Redis decide where replicas share limits. It fails closed: where callers are configured, nobody else
-is served. Times are monotonic seconds but for the day of a budget, which is a calendar day in UTC.
+Decides at once on the state it finds, or has Redis decide where replicas share limits. It fails
+closed: where callers are configured, nobody else is served. Times are monotonic seconds but for the
+day of a budget, which is a calendar day in UTC.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from tokenwire_service.store import Script, Store, Value
 
 BUCKET = 0.02  # seconds
-LEASE = 10.0  # seconds until what a replica that died had running counts no more
 _RENEWALS = 4  # of a lease before it runs out
 _DAY = 86_400.0  # seconds
 _SUFFIXES = ("requests", "requests:order", "tokens", "tokens:order", "running", "day")
@@ -84,7 +83,8 @@ end
 _RESERVE = Script(
     _COMMON
     + """
-local lease, lasts, window, tokens = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local lease, lasts = ARGV[1], tonumber(ARGV[2])
+local window, tokens = tonumber(ARGV[3]), tonumber(ARGV[4])
 local requests_limit, tokens_limit = tonumber(ARGV[5]), tonumber(ARGV[6])
 local running_limit, day_limit = tonumber(ARGV[7]), tonumber(ARGV[8])
 if running_limit > 0 then
@@ -265,7 +265,7 @@ class Grant:
 class Quotas:
     """The shared limits as one replica sees them.
 
-    `minute` and `lease`: seconds. `now`: monotonic seconds; `clock`: seconds since 1970.
+    `minute`: seconds, as many as a window has. `lease`: seconds, in place of the setting. `now`: monotonic seconds; `clock`: seconds since 1970.
     """
 
     def __init__(
@@ -273,7 +273,7 @@ class Quotas:
         store: Store,
         *,
         minute: float = 60.0,
-        lease: float = LEASE,
+        lease: float | None = None,
         now: Callable[[], float] = time.monotonic,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -281,7 +281,7 @@ class Quotas:
         self.closed = store.settings.on_failure == "closed"
         self._store = store
         self._minute = minute
-        self._lease = lease
+        self._lease = store.settings.lease if lease is None else lease
         self._now = now
         self._clock = clock
         self._sleep = sleep
@@ -379,9 +379,7 @@ class Quotas:
     ) -> None:
         self._store.post(_FINISH, subject.keys, (lease, bucket, age, day, more))
 
-    def _restore(
-        self, lost: bool
-    ) -> Iterator[tuple[Script, tuple[str, ...], tuple[Value, ...]]]:
+    def _restore(self, lost: bool) -> Iterator[tuple[Script, tuple[str, ...], tuple[Value, ...]]]:
         """What Redis should know of this replica's, and does not."""
         for subject in self._subjects.values():
             buckets: list[Value] = []

@@ -28,7 +28,7 @@ from tokenwire.v1 import (
     tokenizer_service_pb2,
     tokenizer_service_pb2_grpc,
 )
-from tokenwire_service import keyfiles
+from tokenwire_service import keyfiles, sharing
 from tokenwire_service.admin import AdminServicer
 from tokenwire_service.admission import Admission
 from tokenwire_service.callers import Callers
@@ -146,7 +146,8 @@ async def serving(
         )
         counter = TokenCounter(config.limits.tokenizer_bytes)
         stack.callback(counter.close)
-        callers = Callers(config.callers)
+        quotas = await stack.enter_async_context(sharing.started(config.redis, logger))
+        callers = Callers(config.callers, quotas=quotas)
         boundary = Boundary(observer, logger, config.limits.message_bytes, callers=callers)
         server = grpc.aio.server(
             interceptors=(boundary,),

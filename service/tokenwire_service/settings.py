@@ -624,6 +624,8 @@ class Redis(Struct, frozen=True, kw_only=True):
     prefix: Name = "tokenwire"
     # For one answer, or to connect, seconds; after that it is away.
     timeout: Annotated[float, _duration("10ms", "10s")] = 0.25
+    # Until what an instance that died had running counts no more, seconds.
+    lease: Annotated[float, _duration("1s", "10m")] = 10.0
 
 
 class Config(Struct, frozen=True, kw_only=True):

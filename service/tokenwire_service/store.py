@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 _BATCH = 500  # commands in one round trip
 _FIRST_PAUSE = 0.05  # seconds between two tries to reach it; doubles
-_LONGEST_PAUSE = 1.0
+_LONGEST_PAUSE = 0.5
+_BEAT = 0.25  # seconds of silence until it is asked whether it is there, with what it held
 
 Value: TypeAlias = str | int | float
 _Ask: TypeAlias = tuple["Script", Sequence[str], Sequence[Value]]
@@ -38,6 +39,10 @@ _Ask: TypeAlias = tuple["Script", Sequence[str], Sequence[Value]]
 
 class AwayError(Exception):
     """Redis is not there. What was asked may have been done, or not."""
+
+
+class _ForgottenError(Exception):
+    """What Redis held is gone."""
 
 
 class Script:
@@ -91,6 +96,7 @@ class Store:
         self._sent: list[_Command] = []  # the batch that is under way
         self._wake = asyncio.Event()
         self._here = False
+        self._tried = asyncio.Event()
         self._away_since: float | None = None  # told so already
         self._mark = ""
         self._restorers: list[Callable[[bool], Iterable[_Ask]]] = []
@@ -133,7 +139,7 @@ class Store:
                 await self._reach(client)
                 reached = self._now()
                 while True:
-                    await self._wake.wait()
+                    await self._something()
                     await self._serve(client)
             except asyncio.CancelledError:
                 self._leave("the gateway ends", tell=False)
@@ -148,10 +154,14 @@ class Store:
             await self._sleep(pause * (0.5 + self._random() / 2))
             pause = min(2 * pause, _LONGEST_PAUSE)
 
+    async def tried(self) -> None:
+        """Waits until Redis is there, or is known not to be."""
+        await self._tried.wait()
+
     async def drain(self) -> None:
         """Waits until all that was posted is done, or Redis is away."""
         with contextlib.suppress(AwayError):
-            await self.call(_MARK, (self.key("mark"),), (self._mark,))
+            await self.call(_MARK, (self.key("mark"),), (uuid.uuid4().hex,))
 
     # --- inside -------------------------------------------------------------------------
 
@@ -166,18 +176,27 @@ class Store:
             for script in self._scripts:
                 pipe.script_load(script.text)
             await pipe.execute()
-            mark = await client.evalsha(_MARK.sha, 1, self.key("mark"), uuid.uuid4().hex)  # type: ignore[misc]
+            mark = await client.evalsha(_MARK.sha, 1, self.key("mark"), uuid.uuid4().hex)
         lost, self._mark = mark != self._mark, mark
         # No await from here on: what comes meanwhile comes after what is given back.
         for restore in self._restorers:
             self._queue.extend(_Command(*each) for each in restore(lost))
         self._here = True
+        self._tried.set()
         self._wake.set()
         fields: dict[str, object] = {"redis": self.settings.url}
         if self._away_since is not None:
             fields["away_seconds"] = round(self._now() - self._away_since, 3)
         self._logger.info("redis is here", extra={"fields": fields})
         self._away_since = None
+
+    async def _something(self) -> None:
+        """Waits for commands; none for a while, and it is the question whether Redis is there."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_BEAT):
+                await self._wake.wait()
+        if not self._queue:
+            self._queue.append(_Command(_MARK, (self.key("mark"),), (uuid.uuid4().hex,)))
 
     async def _serve(self, client: Client) -> None:
         """One batch there and back."""
@@ -199,6 +218,8 @@ class Store:
                 error = error or answer
             elif command.answer is not None and not command.answer.done():
                 command.answer.set_result(answer)
+            if command.script is _MARK and answer != self._mark:
+                error = error or _ForgottenError()
         if error is not None:
             raise error  # who waits for an answer that failed is told with those of the queue
         batch.clear()
@@ -206,6 +227,7 @@ class Store:
     def _leave(self, why: str, *, tell: bool = True) -> None:
         """Redis is away: whoever waits hears so."""
         self._here = False
+        self._tried.set()
         for command in (*self._sent, *self._queue):
             if command.answer is not None and not command.answer.done():
                 command.answer.set_exception(AwayError())
@@ -241,7 +263,10 @@ class Store:
             return Client.from_pool(ConnectionPool(**options))
         if url.startswith("rediss:"):
             options |= {"connection_class": SSLConnection}
-            options |= {"ssl_ca_certs": settings.certificate_authorities, "ssl_cert_reqs": "required"}
+            options |= {
+                "ssl_ca_certs": settings.certificate_authorities,
+                "ssl_cert_reqs": "required",
+            }
             options |= {"ssl_check_hostname": True}
         return Client.from_pool(ConnectionPool(**options, **_address(url)))
 
