@@ -265,7 +265,8 @@ class Grant:
 class Quotas:
     """The shared limits as one replica sees them.
 
-    `minute`: seconds, as many as a window has. `lease`: seconds, in place of the setting. `now`: monotonic seconds; `clock`: seconds since 1970.
+    `minute`: seconds that a window lasts. `lease`: seconds, in place of the setting. `now`:
+    monotonic seconds; `clock`: seconds since 1970.
     """
 
     def __init__(

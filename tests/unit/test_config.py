@@ -308,9 +308,9 @@ REDIS_URL = "redis://host:port/number, rediss:// for TLS, or unix:/path, without
 @pytest.mark.parametrize(
     ("redis", "problem"),
     [
-        ("url: 'redis://r'", "2: redis: got no on_failure, expected one of open, closed"),
-        ("on_failure: open", f"2: redis: got no url, expected {REDIS_URL}"),
-        ("on_failure: maybe, url: 'redis://r'", "2: redis.on_failure: got \"maybe\", expected"),
+        ("url: 'redis://r'", "2: redis.on_failure: got nothing, expected one of open, closed"),
+        ("on_failure: open", f"2: redis.url: got nothing, expected {REDIS_URL}"),
+        ("on_failure: maybe, url: 'redis://r'", '2: redis.on_failure: got "maybe", expected'),
         *(
             (f"on_failure: open, url: '{url}'", "2: redis.url: got ")
             for url in (
@@ -326,7 +326,7 @@ REDIS_URL = "redis://host:port/number, rediss:// for TLS, or unix:/path, without
         ),
         (
             "on_failure: open, url: 'redis://r', password_env: NOT_SET",
-            "2: redis.password_env: got NOT_SET, which is not set, expected a variable with a value",
+            "2: redis.password_env: got NOT_SET, which is not set, expected a variable",
         ),
         (
             "on_failure: open, url: 'redis://r', certificate_authorities: ca.crt",
