@@ -184,9 +184,13 @@ class TlsTest {
     }
 
     @Override
-    public void close() throws InterruptedException {
+    public void close() {
       server.shutdownNow();
-      server.awaitTermination(5, TimeUnit.SECONDS);
+      try {
+        server.awaitTermination(5, TimeUnit.SECONDS);
+      } catch (InterruptedException e) {
+        Thread.currentThread().interrupt();
+      }
     }
   }
 
