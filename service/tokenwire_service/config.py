@@ -77,6 +77,7 @@ __all__ = [
     "Upstream",
     "UpstreamTimeouts",
     "check",
+    "file_of",
     "load",
 ]
 
@@ -109,9 +110,14 @@ def load(path: Path | None, environ: Mapping[str, str], *, listen: str | None = 
     the file. Raises ConfigError with every problem, ConfigFileError if there is no file to
     read. Touches nothing but the file and the files of keys that it names.
     """
+    return _Loading(file_of(path, environ), environ).run(listen)
+
+
+def file_of(path: Path | None, environ: Mapping[str, str]) -> Path | None:
+    """The configuration file: `path`, else what `TOKENWIRE_CONFIG` names; None for none."""
     if path is None and environ.get("TOKENWIRE_CONFIG"):
-        path = Path(environ["TOKENWIRE_CONFIG"])
-    return _Loading(path, environ).run(listen)
+        return Path(environ["TOKENWIRE_CONFIG"])
+    return path
 
 
 def check(path: Path | None, environ: Mapping[str, str], out: TextIO) -> int:
@@ -650,8 +656,12 @@ def _summary(config: Config) -> Iterator[str]:
     yield f"admin      {config.admin.listen or f'{DEFAULT_ADMIN}, if that is free'}"
     if config.status_page.listen != ADMIN_OFF:
         yield f"page       {config.status_page.listen}"
+    if config.health.listen != ADMIN_OFF:
+        yield f"health     {config.health.listen}"
     if config.metrics.listen != ADMIN_OFF:
         yield f"metrics    {config.metrics.listen}"
+    if config.otlp.endpoint is not None:
+        yield f"otlp       {config.otlp.endpoint}"
     if config.needs_simulator:
         yield "upstreams  none: no file, and no OPENAI_API_KEY; serve starts the simulator"
     for upstream in config.upstreams:

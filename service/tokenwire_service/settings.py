@@ -382,6 +382,14 @@ class StatusPage(Struct, frozen=True, kw_only=True):
     listen: AdminListen = ADMIN_OFF
 
 
+class HealthPort(Struct, frozen=True, kw_only=True):
+    """grpc.health.v1 alone, in plaintext and on a port of its own: probes of Kubernetes can neither
+    speak TLS nor show a certificate."""
+
+    # Port 0: any free one. The port for callers answers as well.
+    listen: OptionalListen = ADMIN_OFF
+
+
 class Metrics(Struct, frozen=True, kw_only=True):
     """Metrics for Prometheus, by HTTP and on a port of their own."""
 
@@ -390,6 +398,23 @@ class Metrics(Struct, frozen=True, kw_only=True):
     # Names of models that are not configured and yet have series of their own, the first that
     # upstreams answered for; all others are one series.
     model_names: Annotated[int, _whole(0, 10_000)] = 100
+
+
+class Otlp(Struct, frozen=True, kw_only=True):
+    """Traces and metrics for an OpenTelemetry collector, by OTLP over gRPC."""
+
+    # None: nothing is sent. http is plaintext, https TLS.
+    endpoint: Url | None = None
+    traces: bool = True
+    metrics: bool = True
+    # Share of the traces that begin here; one that a caller began is traced if the caller says so.
+    sampling: Annotated[float, _number(0, 1)] = 1.0
+    # Whether requests to upstreams carry `traceparent`.
+    propagate: bool = True
+    # Spans that wait to be sent; more are dropped.
+    queue: Annotated[int, _whole(1, 1_000_000)] = 4096
+    # Between two sends of the metrics, seconds.
+    interval: Annotated[float, _duration("100ms", "1h")] = 60.0
 
 
 class Retries(Struct, frozen=True, kw_only=True):
@@ -668,11 +693,13 @@ class Config(Struct, frozen=True, kw_only=True):
     retries: Retries = Retries()
     admin: Admin = Admin()
     status_page: StatusPage = StatusPage()
+    health: HealthPort = HealthPort()
     metrics: Metrics = Metrics()
+    otlp: Otlp = Otlp()
     # None: limits are those of this instance alone.
     redis: Redis | None = None
-    # Between two looks at each file of keys, seconds. A change is taken once two looks in a row
-    # have found the same.
+    # Between two looks at the configuration and at each file of keys, seconds. A change is taken
+    # once two looks in a row have found the same.
     key_file_interval: Annotated[float, _duration("10ms", "1h")] = 1.0
     # Empty only if `needs_simulator`.
     upstreams: tuple[Upstream, ...] = ()
@@ -684,6 +711,28 @@ class Config(Struct, frozen=True, kw_only=True):
     def needs_simulator(self) -> bool:
         """Whether there is no upstream: no key in the environment and no file."""
         return not self.upstreams
+
+
+# What takes effect when the file changes while the gateway runs; what is not named here, as it may
+# be new, stays as it is until a restart. docs/configuration.md says the same.
+RELOADED = frozenset(
+    {
+        "callers",
+        "limits.in_flight",
+        "limits.queue",
+        "limits.batch_items_at_once",
+        "limits.tokenizer_bytes",
+        "limits.upstream_answer_bytes",
+        "limits.upstream_event_bytes",
+        "timeouts",
+        "drain",
+        "log.level",
+        "retries",
+        "key_file_interval",
+        "upstreams",
+        "models",
+    }
+)
 
 
 def dialect_of(upstream: Upstream, model: Model | None, model_name: str) -> str:

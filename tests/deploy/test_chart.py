@@ -240,6 +240,32 @@ def test_without_a_drain_in_the_file_the_chart_reckons_with_the_gateways_own() -
     assert seconds == drain.propagation + drain.grace + 3
 
 
+def test_ports_and_protocol_follow_the_configuration() -> None:
+    secured = """
+        tls: {certificate: /tls/tls.crt, key: /tls/tls.key}
+        health: {listen: "0.0.0.0:50054"}
+        metrics: {listen: "0.0.0.0:9999"}
+    """
+    for config, probed, protocol, metrics in (
+        ("{}", 50051, "kubernetes.io/h2c", []),
+        (secured, 50054, "https", [9999]),
+        ('{metrics: {listen: "off"}, health: {listen: "off"}}', 50051, "kubernetes.io/h2c", []),
+    ):
+        (manifests,) = rendered({"config": config})
+        (container,) = pod_of(manifests)["spec"]["containers"]
+        for name in ("startup", "readiness", "liveness"):
+            assert container[f"{name}Probe"]["grpc"]["port"] == probed
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        assert list(ports.values()) == [50051, *metrics]
+        services = [one for one in objects(manifests) if one["kind"] == "Service"]
+        exposed = [port for service in services for port in service["spec"]["ports"]]
+        assert {p["appProtocol"] for p in exposed if p["name"] == "grpc"} == {protocol}
+        assert [p["port"] for p in exposed if p["name"] == "metrics"] == metrics
+        ingress = only(manifests, "NetworkPolicy")["spec"]["ingress"]
+        opened = [port["port"] for rule in ingress for port in rule["ports"]]
+        assert opened == list(ports)
+
+
 @pytest.mark.parametrize(
     ("values", "told"),
     [
@@ -250,6 +276,8 @@ def test_without_a_drain_in_the_file_the_chart_reckons_with_the_gateways_own() -
         ({"secretMounts": [{"secret": "s", "path": "relative"}]}, "path"),
         ({"config": "drain: {grace: forever}"}, "config.drain: got forever"),
         ({"config": "drain: ["}, "config: not YAML"),
+        ({"config": "tls: {certificate: a, key: b}"}, "config: with tls it needs health"),
+        ({"config": "{}", "monitoring": {"enabled": True}}, "monitoring.enabled: config opens no"),
         ({"autoscaling": {"cpuPerPod": ""}}, "neither cpuPerPod nor inFlight"),
     ],
 )
@@ -274,12 +302,12 @@ OTHERS: dict[str, Any] = {
     "image.pullSecrets": ["x"],
     "envFromSecrets": ["x"],
     "env": [{"name": "X", "value": "1"}],
-    "config": "{}",
+    "config": 'metrics: {listen: "0.0.0.0:9465"}',
     "monitoring.interval": "16s",
     "networkPolicy.egress": [{"to": [{"podSelector": {}}]}],
     "networkPolicy.httpsExcept": ["10.0.0.0/8"],
     "redis.to": [{"podSelector": {}}],
-    "monitoring.from": [{"podSelector": {}}],
+    "networkPolicy.collectors": [{"podSelector": {}}],
     "grpcRoute.parentRefs": [{"name": "other"}],
     "grpcRoute.hostnames": ["x"],
     "tolerations": [{"key": "x"}],

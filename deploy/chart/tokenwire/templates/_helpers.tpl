@@ -35,22 +35,45 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- $sum }}
 {{- end }}
 
+{{- /* `config` as a map. */ -}}
+{{- define "tokenwire.config" -}}
+{{- $config := fromYaml .Values.config }}
+{{- with $config.Error }}{{ fail (printf "config: not YAML: %s" .) }}{{ end }}
+{{- toJson $config }}
+{{- end }}
+
+{{- /* The number of the port that a section of `config` opens; empty where it opens none. A list:
+the root, the section. */ -}}
+{{- define "tokenwire.opened" -}}
+{{- $section := get (include "tokenwire.config" (first .) | fromJson) (last .) | default dict }}
+{{- regexFind "[0-9]+$" ($section.listen | default "" | toString) }}
+{{- end }}
+
 {{- /* From SIGTERM to the kill: what the gateway takes to drain, and the margin. 5s and 120s are what
 the gateway takes where its file does not say. */ -}}
 {{- define "tokenwire.terminationSeconds" -}}
-{{- $config := fromYaml .Values.config }}
-{{- with $config.Error }}{{ fail (printf "config: not YAML: %s" .) }}{{ end }}
+{{- $config := include "tokenwire.config" . | fromJson }}
 {{- $drain := $config.drain | default dict }}
 {{- $propagation := include "tokenwire.seconds" ($drain.propagation | default "5s") }}
 {{- $grace := include "tokenwire.seconds" ($drain.grace | default "120s") }}
 {{- ceil (addf $propagation $grace .Values.terminationMarginSeconds) | int }}
 {{- end }}
 
-{{- /* A list: the values, the name of the probe. */ -}}
+{{- /* Where probes ask. Kubernetes' can speak no TLS. */ -}}
+{{- define "tokenwire.probedPort" -}}
+{{- $own := include "tokenwire.opened" (list . "health") }}
+{{- if and (not $own) (include "tokenwire.config" . | fromJson).tls }}
+{{- fail "config: with tls it needs health: {listen: \"0.0.0.0:50054\"} too, as Kubernetes' probes speak no TLS" }}
+{{- end }}
+{{- $own | default (toString .Values.port) }}
+{{- end }}
+
+{{- /* A list: the root, the name of the probe. */ -}}
 {{- define "tokenwire.probe" -}}
-{{- $values := first . }}
+{{- $root := first . }}
+{{- $values := $root.Values }}
 {{- with get $values.probes (last .) -}}
-grpc: {port: {{ $values.port }}, service: {{ .service | quote }}}
+grpc: {port: {{ include "tokenwire.probedPort" $root }}, service: {{ .service | quote }}}
 periodSeconds: {{ .periodSeconds }}
 failureThreshold: {{ .failureThreshold }}
 timeoutSeconds: {{ $values.probes.timeoutSeconds }}
