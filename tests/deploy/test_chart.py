@@ -6,7 +6,6 @@ import copy
 import filecmp
 import io
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ ON: dict[str, Any] = {
 VERSIONS = ("1.32", "1.37")  # the oldest and the newest of which there are schemas
 FOREIGN = {"ServiceMonitor", "PrometheusRule", "GRPCRoute"}  # defined by others: no schemas
 BASE = ROOT / "deploy/kustomize/base"
-ALERTS = "groups: [{name: tokenwire, rules: [{alert: Down, expr: up == 0}]}]\n"
 
 
 def objects(manifests: dict[str, str]) -> list[dict[str, Any]]:
@@ -51,16 +49,6 @@ def pod_of(manifests: dict[str, str]) -> dict[str, Any]:
 def both() -> list[dict[str, str]]:
     """With the default values, and with all that can be switched on."""
     return rendered({}, ON)
-
-
-@pytest.fixture
-def with_alerts(tmp_path: Path) -> Path:
-    """A copy of the chart with a file of alert rules."""
-    chart = tmp_path / "tokenwire"
-    shutil.copytree(CHART, chart)
-    (chart / "files").mkdir(exist_ok=True)
-    (chart / "files/alerts.yaml").write_text(ALERTS)
-    return chart
 
 
 # --- it is what Kubernetes takes --------------------------------------------------------
@@ -93,7 +81,7 @@ def test_every_object_fits_the_schemas_of_kubernetes(
     said = run(validate, "--strict", *versions, *files)
     assert said.count(" passed ") == len(files) * len(VERSIONS)
     kinds = {one["kind"] for one in objects(both[1])}
-    assert kinds >= FOREIGN - {"PrometheusRule"} | {"HorizontalPodAutoscaler", "NetworkPolicy"}
+    assert kinds >= FOREIGN | {"HorizontalPodAutoscaler", "NetworkPolicy"}
 
 
 # What kube-score would have otherwise, and why it is not so.
@@ -206,9 +194,17 @@ def test_one_service_has_an_address_and_one_is_for_clients_that_balance() -> Non
     assert services == {"tokenwire": None, "tokenwire-headless": "None"}
 
 
-def test_alert_rules_of_a_file_become_a_rule(with_alerts: Path) -> None:
-    (manifests,) = rendered({"monitoring": {"enabled": True}}, chart=with_alerts)
-    assert only(manifests, "PrometheusRule")["spec"] == yaml.safe_load(ALERTS)
+def test_alerts_and_dashboard_are_those_of_the_monitoring_folder(
+    both: list[dict[str, str]],
+) -> None:
+    folder = ROOT / "deploy/monitoring"
+    rules = yaml.safe_load((folder / "rules.yaml").read_text())
+    assert only(both[1], "PrometheusRule")["spec"] == rules
+    (dashboard,) = [
+        one for one in objects(both[1]) if one["metadata"]["labels"].get("grafana_dashboard") == "1"
+    ]
+    shown = json.loads(dashboard["data"]["tokenwire.json"])
+    assert shown == json.loads((folder / "grafana-dashboard.json").read_text())
 
 
 # --- values -----------------------------------------------------------------------------
@@ -335,7 +331,7 @@ def another(path: str, value: Any) -> Any:
     raise AssertionError(f"{path} needs a row in OTHERS")
 
 
-def test_every_value_makes_a_difference(with_alerts: Path) -> None:
+def test_every_value_makes_a_difference() -> None:
     defaults = yaml.safe_load((CHART / "values.yaml").read_text())
     on = copy.deepcopy(defaults)
     for section in ("redis", "monitoring", "grpcRoute"):
@@ -352,7 +348,7 @@ def test_every_value_makes_a_difference(with_alerts: Path) -> None:
         at[path[-1]] = another(".".join(path), at[path[-1]])
         paths.append(".".join(path))
         changed.append(values)
-    before, before_fixed, *after = rendered(on, fixed, *changed, chart=with_alerts)
+    before, before_fixed, *after = rendered(on, fixed, *changed)
     without = [
         path
         for path, manifests in zip(paths, after, strict=True)
