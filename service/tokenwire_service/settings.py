@@ -637,8 +637,8 @@ class Config(Struct, frozen=True, kw_only=True):
     status_page: StatusPage = StatusPage()
     health: HealthPort = HealthPort()
     metrics: Metrics = Metrics()
-    # Between two looks at each file of keys, seconds. A change is taken once two looks in a row
-    # have found the same.
+    # Between two looks at the configuration and at each file of keys, seconds. A change is taken
+    # once two looks in a row have found the same.
     key_file_interval: Annotated[float, _duration("10ms", "1h")] = 1.0
     # Empty only if `needs_simulator`.
     upstreams: tuple[Upstream, ...] = ()
@@ -650,6 +650,28 @@ class Config(Struct, frozen=True, kw_only=True):
     def needs_simulator(self) -> bool:
         """Whether there is no upstream: no key in the environment and no file."""
         return not self.upstreams
+
+
+# What takes effect when the file changes while the gateway runs; what is not named here, as it may
+# be new, stays as it is until a restart. docs/configuration.md says the same.
+RELOADED = frozenset(
+    {
+        "callers",
+        "limits.in_flight",
+        "limits.queue",
+        "limits.batch_items_at_once",
+        "limits.tokenizer_bytes",
+        "limits.upstream_answer_bytes",
+        "limits.upstream_event_bytes",
+        "timeouts",
+        "drain",
+        "log.level",
+        "retries",
+        "key_file_interval",
+        "upstreams",
+        "models",
+    }
+)
 
 
 def dialect_of(upstream: Upstream, model: Model | None, model_name: str) -> str:
