@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 
 from deploy.tools import CHART, ROOT, answered, kube_score, program, rendered, run, tool
 from tokenwire_service.config import Config, check
+from tokenwire_service.settings import RELOADED
 
 ON: dict[str, Any] = {
     "autoscaling": {"inFlight": {"enabled": True}},
@@ -234,6 +236,38 @@ def test_without_a_drain_in_the_file_the_chart_reckons_with_the_gateways_own() -
     (manifests,) = rendered({"config": "{}", "terminationMarginSeconds": 3})
     seconds = pod_of(manifests)["spec"]["terminationGracePeriodSeconds"]
     assert seconds == drain.propagation + drain.grace + 3
+
+
+# What may stand in a configuration, once more and otherwise.
+_SETTINGS: dict[str, tuple[Any, Any]] = {
+    "drain": ({"grace": "60s"}, {"grace": "60s", "propagation": "5s"}),
+}
+
+
+def test_pods_are_replaced_where_the_configuration_needs_a_restart_and_only_there() -> None:
+    def checksum(manifests: dict[str, str]) -> str:
+        annotations: dict[str, str] = pod_of(manifests)["metadata"]["annotations"]
+        return annotations["checksum/config"]
+
+    split = {path.partition(".")[0] for path in RELOADED if "." in path}
+    fields = {field.name: field.type for field in msgspec.structs.fields(Config)}
+    paths = []
+    for name in fields.keys() - {
+        "warnings",
+        "tls",
+    }:  # no setting; one that wants `health` beside it
+        below = msgspec.structs.fields(fields[name]) if name in split else ()
+        paths += [f"{name}.{field.name}" for field in below] or [name]
+    assert set(paths) >= RELOADED
+    values = [
+        {"config": json.dumps({section: {name: value} if name else value})}
+        for path in paths
+        for section, _, name in [path.partition(".")]
+        for value in _SETTINGS.get(path, ({"listen": "a:1"}, {"listen": "a:2"}))
+    ]
+    answers = [checksum(manifests) for manifests in rendered(*values)]
+    pairs = zip(paths, answers[::2], answers[1::2], strict=True)
+    assert {path for path, one, other in pairs if one == other} == RELOADED
 
 
 def test_ports_and_protocol_follow_the_configuration() -> None:
