@@ -94,9 +94,12 @@ setup-page: ## Install Chromium, which the tests of the status page look through
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium fonts-dejavu-core >/dev/null; } \
 		$(call missing,Chromium cannot be installed)
 
-# Prometheus and its promtool for tests/monitoring. Debian's package, which only root installs.
+# For tests/monitoring: Prometheus and its promtool, Debian's package, which only root installs; the
+# OpenTelemetry Collector with the two parts that are needed. go sees itself what has changed.
 .PHONY: setup-monitoring
-setup-monitoring: ## Install Prometheus, which reads a gateway in the tests of deploy/monitoring
+setup-monitoring: ## Install Prometheus and build the OpenTelemetry Collector, to which tests report
+	@(cd tests/monitoring/collector && GOFLAGS="-mod=readonly -buildvcs=false" nice go build -p 2 -ldflags="-s -w" -o "$(CURDIR)/build/monitoring/otelcol" .) \
+		$(call missing,go cannot build the collector of tests/monitoring/collector)
 	@command -v promtool >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends prometheus >/dev/null; } \
 		$(call missing,Prometheus cannot be installed)
 

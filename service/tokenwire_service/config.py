@@ -630,6 +630,8 @@ def _summary(config: Config) -> Iterator[str]:
         yield f"health     {config.health.listen}"
     if config.metrics.listen != ADMIN_OFF:
         yield f"metrics    {config.metrics.listen}"
+    if config.otlp.endpoint is not None:
+        yield f"otlp       {config.otlp.endpoint}"
     if config.needs_simulator:
         yield "upstreams  none: no file, and no OPENAI_API_KEY; serve starts the simulator"
     for upstream in config.upstreams:

@@ -278,7 +278,8 @@ def begin(
     total = config.timeouts.total
     callers = remaining is not None and remaining <= total
     seconds = remaining if callers and remaining is not None else total
-    return Call(chat, context.request_id, context.started, at + max(0.0, seconds), callers)
+    deadline = at + max(0.0, seconds)
+    return Call(chat, context.request_id, context.started, deadline, callers, span=context.span)
 
 
 @contextmanager

@@ -382,6 +382,23 @@ class Metrics(Struct, frozen=True, kw_only=True):
     model_names: Annotated[int, _whole(0, 10_000)] = 100
 
 
+class Otlp(Struct, frozen=True, kw_only=True):
+    """Traces and metrics for an OpenTelemetry collector, by OTLP over gRPC."""
+
+    # None: nothing is sent. http is plaintext, https TLS.
+    endpoint: Url | None = None
+    traces: bool = True
+    metrics: bool = True
+    # Share of the traces that begin here; one that a caller began is traced if the caller says so.
+    sampling: Annotated[float, _number(0, 1)] = 1.0
+    # Whether requests to upstreams carry `traceparent`.
+    propagate: bool = True
+    # Spans that wait to be sent; more are dropped.
+    queue: Annotated[int, _whole(1, 1_000_000)] = 4096
+    # Between two sends of the metrics, seconds.
+    interval: Annotated[float, _duration("100ms", "1h")] = 60.0
+
+
 class Retries(Struct, frozen=True, kw_only=True):
     """Trying again while nothing has been delivered."""
 
@@ -637,6 +654,7 @@ class Config(Struct, frozen=True, kw_only=True):
     status_page: StatusPage = StatusPage()
     health: HealthPort = HealthPort()
     metrics: Metrics = Metrics()
+    otlp: Otlp = Otlp()
     # Between two looks at the configuration and at each file of keys, seconds. A change is taken
     # once two looks in a row have found the same.
     key_file_interval: Annotated[float, _duration("10ms", "1h")] = 1.0
