@@ -6,16 +6,17 @@ import copy
 import filecmp
 import io
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 
 from deploy.tools import CHART, ROOT, answered, kube_score, program, rendered, run, tool
 from tokenwire_service.config import Config, check
+from tokenwire_service.settings import RELOADED
 
 ON: dict[str, Any] = {
     "autoscaling": {"inFlight": {"enabled": True}},
@@ -29,7 +30,6 @@ ON: dict[str, Any] = {
 VERSIONS = ("1.32", "1.37")  # the oldest and the newest of which there are schemas
 FOREIGN = {"ServiceMonitor", "PrometheusRule", "GRPCRoute"}  # defined by others: no schemas
 BASE = ROOT / "deploy/kustomize/base"
-ALERTS = "groups: [{name: tokenwire, rules: [{alert: Down, expr: up == 0}]}]\n"
 
 
 def objects(manifests: dict[str, str]) -> list[dict[str, Any]]:
@@ -51,16 +51,6 @@ def pod_of(manifests: dict[str, str]) -> dict[str, Any]:
 def both() -> list[dict[str, str]]:
     """With the default values, and with all that can be switched on."""
     return rendered({}, ON)
-
-
-@pytest.fixture
-def with_alerts(tmp_path: Path) -> Path:
-    """A copy of the chart with a file of alert rules."""
-    chart = tmp_path / "tokenwire"
-    shutil.copytree(CHART, chart)
-    (chart / "files").mkdir(exist_ok=True)
-    (chart / "files/alerts.yaml").write_text(ALERTS)
-    return chart
 
 
 # --- it is what Kubernetes takes --------------------------------------------------------
@@ -93,7 +83,7 @@ def test_every_object_fits_the_schemas_of_kubernetes(
     said = run(validate, "--strict", *versions, *files)
     assert said.count(" passed ") == len(files) * len(VERSIONS)
     kinds = {one["kind"] for one in objects(both[1])}
-    assert kinds >= FOREIGN - {"PrometheusRule"} | {"HorizontalPodAutoscaler", "NetworkPolicy"}
+    assert kinds >= FOREIGN | {"HorizontalPodAutoscaler", "NetworkPolicy"}
 
 
 # What kube-score would have otherwise, and why it is not so.
@@ -206,9 +196,17 @@ def test_one_service_has_an_address_and_one_is_for_clients_that_balance() -> Non
     assert services == {"tokenwire": None, "tokenwire-headless": "None"}
 
 
-def test_alert_rules_of_a_file_become_a_rule(with_alerts: Path) -> None:
-    (manifests,) = rendered({"monitoring": {"enabled": True}}, chart=with_alerts)
-    assert only(manifests, "PrometheusRule")["spec"] == yaml.safe_load(ALERTS)
+def test_alerts_and_dashboard_are_those_of_the_monitoring_folder(
+    both: list[dict[str, str]],
+) -> None:
+    folder = ROOT / "deploy/monitoring"
+    rules = yaml.safe_load((folder / "rules.yaml").read_text())
+    assert only(both[1], "PrometheusRule")["spec"] == rules
+    (dashboard,) = [
+        one for one in objects(both[1]) if one["metadata"]["labels"].get("grafana_dashboard") == "1"
+    ]
+    shown = json.loads(dashboard["data"]["tokenwire.json"])
+    assert shown == json.loads((folder / "grafana-dashboard.json").read_text())
 
 
 # --- values -----------------------------------------------------------------------------
@@ -238,6 +236,38 @@ def test_without_a_drain_in_the_file_the_chart_reckons_with_the_gateways_own() -
     (manifests,) = rendered({"config": "{}", "terminationMarginSeconds": 3})
     seconds = pod_of(manifests)["spec"]["terminationGracePeriodSeconds"]
     assert seconds == drain.propagation + drain.grace + 3
+
+
+# What may stand in a configuration, once more and otherwise.
+_SETTINGS: dict[str, tuple[Any, Any]] = {
+    "drain": ({"grace": "60s"}, {"grace": "60s", "propagation": "5s"}),
+}
+
+
+def test_pods_are_replaced_where_the_configuration_needs_a_restart_and_only_there() -> None:
+    def checksum(manifests: dict[str, str]) -> str:
+        annotations: dict[str, str] = pod_of(manifests)["metadata"]["annotations"]
+        return annotations["checksum/config"]
+
+    split = {path.partition(".")[0] for path in RELOADED if "." in path}
+    fields = {field.name: field.type for field in msgspec.structs.fields(Config)}
+    paths = []
+    for name in fields.keys() - {
+        "warnings",
+        "tls",
+    }:  # no setting; one that wants `health` beside it
+        below = msgspec.structs.fields(fields[name]) if name in split else ()
+        paths += [f"{name}.{field.name}" for field in below] or [name]
+    assert set(paths) >= RELOADED
+    values = [
+        {"config": json.dumps({section: {name: value} if name else value})}
+        for path in paths
+        for section, _, name in [path.partition(".")]
+        for value in _SETTINGS.get(path, ({"listen": "a:1"}, {"listen": "a:2"}))
+    ]
+    answers = [checksum(manifests) for manifests in rendered(*values)]
+    pairs = zip(paths, answers[::2], answers[1::2], strict=True)
+    assert {path for path, one, other in pairs if one == other} == RELOADED
 
 
 def test_ports_and_protocol_follow_the_configuration() -> None:
@@ -335,7 +365,7 @@ def another(path: str, value: Any) -> Any:
     raise AssertionError(f"{path} needs a row in OTHERS")
 
 
-def test_every_value_makes_a_difference(with_alerts: Path) -> None:
+def test_every_value_makes_a_difference() -> None:
     defaults = yaml.safe_load((CHART / "values.yaml").read_text())
     on = copy.deepcopy(defaults)
     for section in ("redis", "monitoring", "grpcRoute"):
@@ -352,7 +382,7 @@ def test_every_value_makes_a_difference(with_alerts: Path) -> None:
         at[path[-1]] = another(".".join(path), at[path[-1]])
         paths.append(".".join(path))
         changed.append(values)
-    before, before_fixed, *after = rendered(on, fixed, *changed, chart=with_alerts)
+    before, before_fixed, *after = rendered(on, fixed, *changed)
     without = [
         path
         for path, manifests in zip(paths, after, strict=True)

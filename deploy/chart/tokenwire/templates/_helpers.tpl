@@ -59,6 +59,16 @@ the gateway takes where its file does not say. */ -}}
 {{- ceil (addf $propagation $grace .Values.terminationMarginSeconds) | int }}
 {{- end }}
 
+{{- /* Of `config` what a gateway that runs does not take, settings.RELOADED the other way round: only
+then are pods replaced. */ -}}
+{{- define "tokenwire.restarting" -}}
+{{- $config := include "tokenwire.config" . | fromJson }}
+{{- $rest := omit $config "callers" "timeouts" "drain" "retries" "key_file_interval" "upstreams" "models" }}
+{{- $limits := omit ($config.limits | default dict) "in_flight" "queue" "batch_items_at_once" "tokenizer_bytes" "upstream_answer_bytes" "upstream_event_bytes" }}
+{{- $log := omit ($config.log | default dict) "level" }}
+{{- merge (dict "limits" $limits "log" $log) (omit $rest "limits" "log") | toJson }}
+{{- end }}
+
 {{- /* Where probes ask. Kubernetes' can speak no TLS. */ -}}
 {{- define "tokenwire.probedPort" -}}
 {{- $own := include "tokenwire.opened" (list . "health") }}
