@@ -20,7 +20,6 @@ from tokenwire_service.settings import RELOADED
 
 ON: dict[str, Any] = {
     "autoscaling": {"inFlight": {"enabled": True}},
-    "redis": {"enabled": True},
     "monitoring": {"enabled": True},
     "grpcRoute": {"enabled": True},
     "image": {"pullSecrets": ["registry"]},
@@ -297,6 +296,32 @@ def test_ports_and_protocol_follow_the_configuration() -> None:
 
 
 @pytest.mark.parametrize(
+    ("config", "ports"),
+    [
+        ("{}", [443]),
+        ("upstreams: {a: {base_url: https://a/v1}, b: {base_url: https://b/v1}}", [443]),
+        ('upstreams: {a: {base_url: "http://vllm.llm.svc:8000/v1"}}', [8000]),
+        (
+            'upstreams: {a: {base_url: "http://[fd00::1]:81"}, b: {base_url: "http://[fd00::1]"}}',
+            [81, 80],
+        ),
+        ('upstreams: {a: {base_url: "https://a", proxy: "http://proxy:3128"}}', [443, 3128]),
+        ('{otlp: {endpoint: "http://collector:4317"}}', [4317, 443]),
+        ('{redis: {url: "redis://redis"}}', [6379, 443]),
+        ('{redis: {url: "rediss://redis:6380/1"}}', [6380, 443]),
+        ('{redis: {url: "unix:/run/redis.sock"}}', [443]),
+    ],
+)
+def test_the_way_out_is_open_to_what_the_configuration_names(config: str, ports: list[int]) -> None:
+    (manifests,) = rendered({"config": config})
+    dns, called = only(manifests, "NetworkPolicy")["spec"]["egress"]
+    assert [port["port"] for port in dns["ports"]] == [53, 53]
+    assert [port["port"] for port in called["ports"]] == ports
+    cloud = [to["ipBlock"].get("except") for to in called["to"] if "ipBlock" in to]
+    assert cloud == [["169.254.169.254/32"], None]
+
+
+@pytest.mark.parametrize(
     ("values", "told"),
     [
         ({"replica": 2}, "replica"),
@@ -335,8 +360,7 @@ OTHERS: dict[str, Any] = {
     "config": 'metrics: {listen: "0.0.0.0:9465"}',
     "monitoring.interval": "16s",
     "networkPolicy.egress": [{"to": [{"podSelector": {}}]}],
-    "networkPolicy.httpsExcept": ["10.0.0.0/8"],
-    "redis.to": [{"podSelector": {}}],
+    "networkPolicy.except": ["10.0.0.0/8"],
     "networkPolicy.collectors": [{"podSelector": {}}],
     "grpcRoute.parentRefs": [{"name": "other"}],
     "grpcRoute.hostnames": ["x"],
@@ -368,7 +392,7 @@ def another(path: str, value: Any) -> Any:
 def test_every_value_makes_a_difference() -> None:
     defaults = yaml.safe_load((CHART / "values.yaml").read_text())
     on = copy.deepcopy(defaults)
-    for section in ("redis", "monitoring", "grpcRoute"):
+    for section in ("monitoring", "grpcRoute"):
         on[section]["enabled"] = True
     on["autoscaling"]["inFlight"]["enabled"] = True
     fixed = copy.deepcopy(on)
