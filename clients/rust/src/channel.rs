@@ -22,10 +22,6 @@ const PING_EVERY: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How old the answer of DNS may be while calls are made, and while a replica cannot be reached.
-const RESOLVE_EVERY: Duration = Duration::from_secs(30);
-const RESOLVE_IN_NEED: Duration = Duration::from_secs(1);
-
 /// How long a replica that could not be connected to is passed over, if there is another.
 const REST: Duration = Duration::from_secs(1);
 const LONGEST_REST: Duration = Duration::from_secs(60);
@@ -42,11 +38,12 @@ pub struct Tls {
     config: ClientTlsConfig,
     /// Whether the name that the certificate must have is settled; else it is the target's.
     named: bool,
+    refused: Option<&'static str>,
 }
 
 impl Tls {
     fn new(config: ClientTlsConfig) -> Self {
-        Self { config, named: false }
+        Self { config, named: false, refused: None }
     }
 
     /// Trusts the authorities of the operating system.
@@ -56,7 +53,12 @@ impl Tls {
 
     /// Trusts only these authorities: certificates as PEM text.
     pub fn authorities(pem: impl AsRef<[u8]>) -> Self {
-        Self::new(ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)))
+        // A text without any would trust nobody, and say so only when it meets the gateway.
+        let has_some =
+            String::from_utf8_lossy(pem.as_ref()).contains("-----BEGIN CERTIFICATE-----");
+        let refused = (!has_some).then_some("expected the authorities' certificates as PEM text");
+        let tls = Self::new(ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)));
+        Self { refused, ..tls }
     }
 
     /// The client's own certificate (chain) and key as PEM text, for mutual TLS.
@@ -68,7 +70,7 @@ impl Tls {
     /// The name the gateway's certificate must have; unless given, that of the target.
     #[must_use]
     pub fn server_name(self, name: impl Into<String>) -> Self {
-        Self { config: self.config.domain_name(name), named: true }
+        Self { config: self.config.domain_name(name), named: true, ..self }
     }
 
     /// For a target of this host.
@@ -83,7 +85,7 @@ impl Tls {
 /// looks for in their certificates otherwise.
 impl From<ClientTlsConfig> for Tls {
     fn from(config: ClientTlsConfig) -> Self {
-        Self { config, named: true }
+        Self { named: true, ..Self::new(config) }
     }
 }
 
@@ -183,6 +185,31 @@ struct Settings {
     target: Target,
     tls: Option<Tls>,
     configure: Configure,
+    names: Names,
+}
+
+pub(crate) type Lookup =
+    dyn Fn(String, u16) -> BoxFuture<std::io::Result<Vec<SocketAddr>>> + Send + Sync;
+
+/// What names stand for.
+#[derive(Clone)]
+pub(crate) struct Names {
+    pub(crate) lookup: Arc<Lookup>,
+    /// How old an answer may be while calls are made.
+    pub(crate) keep: Duration,
+    /// And while a replica cannot be reached.
+    pub(crate) keep_in_need: Duration,
+}
+
+impl Names {
+    /// As the operating system knows them.
+    fn system() -> Self {
+        let lookup = |host: String, port| -> BoxFuture<_> {
+            Box::pin(async move { Ok(tokio::net::lookup_host((host, port)).await?.collect()) })
+        };
+        let (keep, keep_in_need) = (Duration::from_secs(30), Duration::from_secs(1));
+        Self { lookup: Arc::new(lookup), keep, keep_in_need }
+    }
 }
 
 #[derive(Default)]
@@ -238,7 +265,16 @@ impl Gateway {
     }
 
     pub(crate) fn at(target: &str, tls: Option<Tls>, configure: Configure) -> Result<Self, Error> {
-        let settings = Settings { target: Target::parse(target)?, tls, configure };
+        Self::found_by(target, tls, configure, Names::system())
+    }
+
+    pub(crate) fn found_by(
+        target: &str,
+        tls: Option<Tls>,
+        configure: Configure,
+        names: Names,
+    ) -> Result<Self, Error> {
+        let settings = Settings { target: Target::parse(target)?, tls, configure, names };
         // What is wrong with certificates is told now, not by the first call.
         settings.endpoint("127.0.0.1:1")?;
         let way =
@@ -352,7 +388,8 @@ fn locked(replicas: &Mutex<Replicas>) -> MutexGuard<'_, Replicas> {
 fn refresh(settings: &Settings, replicas: &Arc<Mutex<Replicas>>, state: &mut Replicas) {
     let age = state.resolved.map_or(Duration::MAX, |at| at.elapsed());
     let in_need = state.all.iter().any(|replica| replica.rests_until.is_some());
-    if state.resolving || age < (if in_need { RESOLVE_IN_NEED } else { RESOLVE_EVERY }) {
+    let Names { keep, keep_in_need, .. } = settings.names;
+    if state.resolving || age < (if in_need { keep_in_need } else { keep }) {
         return;
     }
     state.resolving = true;
@@ -454,9 +491,9 @@ impl Settings {
         let port = authority.port_u16().unwrap_or_default();
         let unresolved =
             |why: String| Error::new(Code::Unavailable, format!("cannot resolve {host:?}: {why}"));
-        let found =
-            tokio::net::lookup_host((host, port)).await.map_err(|e| unresolved(e.to_string()))?;
-        let addresses: Vec<_> = found.map(|address: SocketAddr| address.to_string()).collect();
+        let found = (self.names.lookup)(host.to_owned(), port).await;
+        let found = found.map_err(|error| unresolved(error.to_string()))?;
+        let addresses: Vec<_> = found.iter().map(ToString::to_string).collect();
         if addresses.is_empty() { Err(unresolved("no address".to_owned())) } else { Ok(addresses) }
     }
 
@@ -486,6 +523,9 @@ impl Settings {
             .keep_alive_timeout(PING_TIMEOUT)
             .keep_alive_while_idle(true);
         if let Some(tls) = &self.tls {
+            if let Some(refused) = tls.refused {
+                return Err(Error::invalid("tls", refused));
+            }
             let config = match &self.target {
                 Target::Host(authority) => tls.of(authority.host()),
                 Target::Unix(_) => tls.config.clone(),
@@ -576,6 +616,7 @@ mod tests {
             target: Target::parse("gateway:1").unwrap(),
             tls: None,
             configure: Arc::new(|endpoint| endpoint),
+            names: Names::system(),
         };
         let mut replicas = Replicas::default();
         let addresses = addresses.iter().map(ToString::to_string).collect();
