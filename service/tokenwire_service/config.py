@@ -503,6 +503,11 @@ class _Loading:
             expected = f"no less than backoff, {config.retries.backoff:g}s"
             place = ("retries", "backoff_cap")
             self._reader.problem(place, f"{config.retries.backoff_cap:g}s", expected)
+        grace, total = config.connections.max_age_grace, config.timeouts.total
+        if grace is not None and grace < total:
+            place = ("connections", "max_age_grace")
+            expected = f"no less than timeouts.total, {total:g}s, or null"
+            self._reader.problem(place, f"{grace:g}s", expected)
         through = [upstream for upstream in config.upstreams if upstream.passthrough]
         for upstream in through[1:]:
             got = f"true, as at {through[0].name}"
@@ -615,6 +620,10 @@ def _summary(config: Config) -> Iterator[str]:
     yield f"admin      {config.admin.listen or f'{DEFAULT_ADMIN}, if that is free'}"
     if config.status_page.listen != ADMIN_OFF:
         yield f"page       {config.status_page.listen}"
+    if config.health.listen != ADMIN_OFF:
+        yield f"health     {config.health.listen}"
+    if config.metrics.listen != ADMIN_OFF:
+        yield f"metrics    {config.metrics.listen}"
     if config.needs_simulator:
         yield "upstreams  none: no file, and no OPENAI_API_KEY; serve starts the simulator"
     for upstream in config.upstreams:

@@ -9,14 +9,14 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf import descriptor_pool
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from tokenwire.admin.v1 import admin_service_pb2, admin_service_pb2_grpc
@@ -36,20 +36,24 @@ from tokenwire_service.certificates import Certificates
 from tokenwire_service.config import Config, Upstream
 from tokenwire_service.counters import Counters
 from tokenwire_service.gateway import Gateway
+from tokenwire_service.health import HEALTH_SERVICE, Health
 from tokenwire_service.interceptors import Boundary
 from tokenwire_service.keyfiles import FileUnusable, FileUsable, KeyFiles
 from tokenwire_service.keyring import KeyRing
 from tokenwire_service.pool import Pool
 from tokenwire_service.recent import Recent
-from tokenwire_service.relay import HEARTBEAT_SECONDS
+from tokenwire_service.relay import HEARTBEAT_SECONDS, Relayed
 from tokenwire_service.retry import Backoff
 from tokenwire_service.secret import Scrubber
 from tokenwire_service.servicer import ChatServicer, ModelServicer, TokenizerServicer
-from tokenwire_service.settings import ADMIN_OFF, DEFAULT_ADMIN
+from tokenwire_service.settings import ADMIN_OFF, DEFAULT_ADMIN, Connections
 from tokenwire_service.telemetry import LogObserver, Observer, Observers, log_scrubber
 from tokenwire_service.tokens import TokenCounter
 from tokenwire_service.upstream.client import UpstreamClient
 from tokenwire_service.upstream.dialects import chooser
+
+if TYPE_CHECKING:
+    from tokenwire_service.metrics import Observed
 
 SERVICES = (
     chat_service_pb2.DESCRIPTOR.services_by_name["ChatService"].full_name,
@@ -81,29 +85,21 @@ class ServerEndedError(Exception):
     """The server stopped though nobody asked it to."""
 
 
-class Health(health.aio.HealthServicer):  # type: ignore[misc]  # no types are published for it
-    """grpc.health.v1 with List, which grpcio-health-checking has for sync servers only."""
-
-    async def List(  # noqa: N802  # the contract's name
-        self, request: health_pb2.HealthListRequest, context: Any
-    ) -> health_pb2.HealthListResponse:
-        """Every service at once."""
-        return health_pb2.HealthListResponse(
-            statuses={
-                name: health_pb2.HealthCheckResponse(status=status)
-                for name, status in self._server_status.items()
-            }
-        )
+class CutShortError(Exception):
+    """A second signal ended the server before it had drained."""
 
 
 @dataclass(frozen=True)
 class Running:
-    """A gateway that serves. `address` is where, with the port that was really bound; `admin` and
-    `page` the same for operators and of the status page, empty where they are off."""
+    """A gateway that serves. `address` is where, with the port that was really bound; `admin`,
+    `page`, `probes` and `metrics` the same for operators, of the status page, for probes of health
+    alone and for Prometheus, empty where they are off."""
 
     address: str
     admin: str
     page: str
+    probes: str
+    metrics: str
     gateway: Gateway
     server: grpc.aio.Server
     boundary: Boundary
@@ -137,8 +133,14 @@ async def serving(
     async with AsyncExitStack() as stack:
         counters = Counters()
         recent = Recent(lambda: gateway.in_flight)
-        observer = Observers(observer or LogObserver(logger), counters, recent)
         scrub = scrub or log_scrubber()
+        metrics = _metrics(config, scrub)
+        observer = Observers(
+            observer or LogObserver(logger),
+            counters,
+            recent,
+            *(() if metrics is None else (metrics,)),
+        )
         pools: dict[str, Pool] = {}
         dialect = chooser()
         for upstream in config.upstreams:
@@ -152,7 +154,7 @@ async def serving(
             observer,
             backoff=Backoff(retries.backoff, retries.backoff_cap),
             heartbeat=heartbeat,
-            relayed=recent.relayed,
+            relayed=_relayed(recent, metrics),
         )
         counter = TokenCounter(config.limits.tokenizer_bytes)
         stack.callback(counter.close)
@@ -162,6 +164,7 @@ async def serving(
             interceptors=(boundary,),
             options=(
                 *_OPTIONS,
+                *_ages(config.connections),
                 ("grpc.max_receive_message_length", config.limits.message_bytes),
                 ("grpc.max_send_message_length", config.limits.message_bytes),
             ),
@@ -179,10 +182,10 @@ async def serving(
             ModelServicer(gateway, config),  # type: ignore[arg-type]
             server,
         )
-        health_servicer = Health()
+        health_servicer = Health(SERVICES)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         if config.reflection:
-            _add_reflection(server, (*SERVICES, health.SERVICE_NAME))
+            _add_reflection(server, (*SERVICES, HEALTH_SERVICE))
         tls = config.tls
         address = _listen(
             server,
@@ -194,15 +197,22 @@ async def serving(
         servicer = AdminServicer(gateway, config, pools, counters, recent, files, scrub, logger)
         admin = await _admin(servicer, config, logger, stack)
         page = await _status_page(servicer, config, logger, stack)
+        probes = await _health_port(health_servicer, config, stack)
+        exposed = ""
+        if metrics is not None:
+            exposed = await _metrics_page(
+                metrics, gateway, config, pools, counters, files, logger, stack
+            )
         await server.start()
         stack.push_async_callback(server.stop, grace)
         scrub.replace(key.secret for pool in pools.values() for key in pool.ring.keys)
         tell = _teller(pools, counters, scrub, logger)
         watching = asyncio.ensure_future(_watch(files, tell, config.key_file_interval, logger))
         stack.push_async_callback(_cancelled, watching)
-        for name in ("", *SERVICES):
-            await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-        yield Running(address, admin, page, gateway, server, boundary, health_servicer, pools)
+        await health_servicer.started()
+        yield Running(
+            address, admin, page, probes, exposed, gateway, server, boundary, health_servicer, pools
+        )
 
 
 async def serve_until_signalled(
@@ -217,7 +227,8 @@ async def serve_until_signalled(
     SIGTERM comes from a supervisor: NOT_SERVING at once, but new calls are still taken for
     `drain.propagation` seconds, because endpoints learn of it only then; after that running
     calls get `drain.grace` seconds. SIGINT comes from a person and skips the first wait.
-    Raises ServerEndedError if the server ends by itself, so that a supervisor restarts it.
+    Raises ServerEndedError if the server ends by itself, so that a supervisor restarts it, and
+    CutShortError after a second signal, so that whoever watches knows that calls were cut off.
     """
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     loop = asyncio.get_running_loop()
@@ -232,7 +243,7 @@ async def serve_until_signalled(
                 raise ServerEndedError("the gRPC server ended by itself")
             fields = {"signal": first.name, "in_flight": running.gateway.in_flight}
             logger.info("draining", extra={"fields": fields})
-            await running.health.enter_graceful_shutdown()
+            await running.health.draining()
             insisted = None
             if first is signal.SIGTERM:
                 insisted = await _next(signals, {ended}, config.drain.propagation)
@@ -252,6 +263,8 @@ async def serve_until_signalled(
             await running.server.stop(0)
             await ended
             logger.info("stopped", extra={"fields": {"cut_short": insisted is not None}})
+            if insisted is not None:
+                raise CutShortError(f"a second signal, {insisted.name}, ended it at once")
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
@@ -271,6 +284,15 @@ async def _next(
         return waiting.result()
     waiting.cancel()
     return None
+
+
+def _ages(connections: Connections) -> Iterator[tuple[str, int]]:
+    """gRPC adds or takes away up to a tenth of the age, so that callers do not return in step."""
+    if connections.max_age is None:
+        return
+    yield "grpc.max_connection_age_ms", round(connections.max_age * 1000)
+    if connections.max_age_grace is not None:
+        yield "grpc.max_connection_age_grace_ms", round(connections.max_age_grace * 1000)
 
 
 def _bulkhead(config: Config, upstream: Upstream) -> Admission:
@@ -321,11 +343,73 @@ async def _status_page(
     listen = config.status_page.listen
     if listen == ADMIN_OFF:
         return ""
-    from tokenwire_service import statuspage  # an HTTP server takes a while to load
+    # An HTTP server takes a while to load.
+    from tokenwire_service import httplistener, statuspage
 
     try:
         return await stack.enter_async_context(statuspage.serving(listen, servicer.status, logger))
-    except statuspage.PageError as error:
+    except httplistener.HttpListenError as error:
+        raise ListenError(str(error)) from None
+
+
+async def _health_port(servicer: Health, config: Config, stack: AsyncExitStack) -> str:
+    """Opens the port for probes; where, empty for nowhere."""
+    listen = config.health.listen
+    if listen == ADMIN_OFF:
+        return ""
+    server = grpc.aio.server(options=_OPTIONS)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    address = _listen(server, listen, "health.listen")
+    await server.start()
+    stack.push_async_callback(server.stop, 0)
+    return address
+
+
+def _metrics(config: Config, scrub: Scrubber) -> Observed | None:
+    """What counts for Prometheus; None where nobody collects it."""
+    if config.metrics.listen == ADMIN_OFF:
+        return None
+    from tokenwire_service import metrics  # takes a while to load, too
+
+    return metrics.Observed(config, scrub)
+
+
+def _relayed(recent: Recent, metrics: Observed | None) -> Relayed:
+    """Who is told what streams send while they run."""
+    if metrics is None:
+        return recent.relayed
+
+    def relayed(deltas: int, first_after: float | None, gap: float | None) -> None:
+        recent.relayed(deltas, first_after, gap)
+        metrics.relayed(deltas, gap)
+
+    return relayed
+
+
+async def _metrics_page(
+    metrics: Observed,
+    gateway: Gateway,
+    config: Config,
+    pools: Mapping[str, Pool],
+    counters: Counters,
+    files: KeyFiles,
+    logger: logging.Logger,
+    stack: AsyncExitStack,
+) -> str:
+    """Opens the port for Prometheus; where."""
+    from tokenwire_service import httplistener
+    from tokenwire_service.metrics import FirstConfig, Standing, exposition, watch_process
+
+    registry = metrics.registry
+    registry.register(Standing(gateway, config, pools, counters, files, FirstConfig()))
+    watch_process(registry)
+    routes = {"/metrics": httplistener.page(lambda accept: exposition(registry, accept))}
+    listen = config.metrics.listen
+    try:
+        return await stack.enter_async_context(
+            httplistener.serving(listen, routes, logger, setting="metrics.listen")
+        )
+    except httplistener.HttpListenError as error:
         raise ListenError(str(error)) from None
 
 
