@@ -174,7 +174,7 @@ enum Way {
     /// A channel of the caller's own.
     Given(Channel),
     Found {
-        settings: Settings,
+        settings: Box<Settings>,
         replicas: Arc<Mutex<Replicas>>,
         first: tokio::sync::Mutex<()>,
     },
@@ -277,8 +277,8 @@ impl Gateway {
         let settings = Settings { target: Target::parse(target)?, tls, configure, names };
         // What is wrong with certificates is told now, not by the first call.
         settings.endpoint("127.0.0.1:1")?;
-        let way =
-            Way::Found { settings, replicas: Arc::default(), first: tokio::sync::Mutex::default() };
+        let (settings, first) = (Box::new(settings), tokio::sync::Mutex::default());
+        let way = Way::Found { settings, replicas: Arc::default(), first };
         Ok(Self { name: target.to_owned(), way })
     }
 

@@ -176,7 +176,7 @@ mod tests {
     fn a_newer_one_is_kept_by_name_and_none_is_nothing() {
         let newer = Reason::from("MODEL_ASLEEP".to_owned());
         assert_eq!(newer, Reason::Other("MODEL_ASLEEP".into()));
-        assert!(newer == "MODEL_ASLEEP" && newer.to_string() == "MODEL_ASLEEP");
+        assert!(newer == "MODEL_ASLEEP" && format!("{newer}!") == "MODEL_ASLEEP!");
         assert_eq!(Reason::from(""), Reason::default());
         assert_eq!(Reason::from("STREAM_INCOMPLETE"), Reason::StreamIncomplete);
         assert_eq!(format!("{:>13}", Reason::RateLimited), " RATE_LIMITED");
