@@ -5,7 +5,7 @@ from tokenwire.client import AsyncBatch, AsyncClient, AsyncStream, Batch, Client
 from tokenwire.core import BatchResult
 from tokenwire.errors import FieldViolation, Reason, TokenwireError
 from tokenwire.replies import Accumulator, Choice, Reply, StreamEvent, ToolCall
-from tokenwire.requests import CallOptions, ChatOptions, Message, Prompt
+from tokenwire.requests import BatchItem, CallOptions, ChatOptions, Message, Prompt
 from tokenwire.version import __version__
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "AsyncClient",
     "AsyncStream",
     "Batch",
+    "BatchItem",
     "BatchResult",
     "CallOptions",
     "ChatOptions",
