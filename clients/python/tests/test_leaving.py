@@ -92,6 +92,11 @@ def leave_from_another_thread(client: Client, kept: list[object]) -> None:
     assert caught.value.partial_text == "Hel"
 
 
+# Seconds after which who calls waits. An interrupt amid the begin of a call leaves grpcio with one
+# that nobody ends, so that closing its channel hangs.
+SETTLED = 0.3
+
+
 def leave_by_an_interrupt_while_it_waits(client: Client, kept: list[object]) -> None:
     """Its traceback, which somebody looks at, has the loop itself in it."""
     stream = client.stream("Hi", model="m")
@@ -99,7 +104,7 @@ def leave_by_an_interrupt_while_it_waits(client: Client, kept: list[object]) -> 
     def interrupt() -> None:
         while stream.text != "Hel":
             time.sleep(0.01)
-        time.sleep(0.05)  # it waits for more, or soon will
+        time.sleep(SETTLED)
         signal.raise_signal(signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
@@ -111,6 +116,14 @@ def leave_by_an_interrupt_while_it_waits(client: Client, kept: list[object]) -> 
         kept += [stream, error]
     thread.join()
     assert kept
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """What runs in the background is often started with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -170,6 +183,7 @@ def test_leaving_a_call_that_waits(gateway: FakeGateway, method: str, by: str) -
         def leave() -> None:
             while not gateway.calls:
                 time.sleep(0.01)
+            time.sleep(SETTLED)
             if by == "an interrupt":
                 signal.raise_signal(signal.SIGINT)
             else:
@@ -250,6 +264,7 @@ def test_leaving_while_a_write_is_blocked(deaf: Deaf, method: str, by: str) -> N
 
     def leave() -> None:
         deaf.blocked.wait(20)
+        time.sleep(SETTLED)
         if by == "an interrupt":
             signal.raise_signal(signal.SIGINT)
         elif by == "closing the client":

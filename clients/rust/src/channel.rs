@@ -18,7 +18,7 @@ pub(crate) const DEFAULT_TARGET: &str = "localhost:50051";
 
 /// A model may think for minutes in silence. These pings notice a dead connection, and keep
 /// proxies from dropping a live one; the gateway allows one per 10 s.
-const PING_EVERY: Duration = Duration::from_secs(30);
+const PING_EVERY: Duration = Duration::from_millis(if cfg!(test) { 200 } else { 30_000 });
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -609,6 +609,49 @@ mod tests {
         let failures: Vec<_> =
             locked(replicas).all.iter().map(|replica| replica.failures).collect();
         assert_eq!(failures, [1, 0]);
+    }
+
+    /// The types of the frames that a client sends, over a connection that stays idle.
+    async fn frames(listener: tokio::net::TcpListener, until: impl Fn(&[u8]) -> bool) -> Vec<u8> {
+        const PING: u8 = 6;
+        let (socket, _) = listener.accept().await.unwrap();
+        let (mut read, mut types) = (Vec::new(), Vec::new());
+        let send = async |frame: &[u8]| {
+            socket.writable().await.unwrap();
+            assert_eq!(socket.try_write(frame).unwrap(), frame.len());
+        };
+        send(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await; // SETTINGS
+        let mut at = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".len();
+        while !until(&types) {
+            socket.readable().await.unwrap();
+            match socket.try_read_buf(&mut read) {
+                Ok(0) => break,
+                Ok(_) => {}
+                Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+            }
+            while let Some(&[a, b, c, kind]) = read.get(at..at + 4) {
+                let end = at + 9 + u32::from_be_bytes([0, a, b, c]) as usize;
+                let Some(frame) = read.get(at..end) else { break };
+                types.push(kind);
+                if kind == PING {
+                    send(&[&[0, 0, 8, PING, 1, 0, 0, 0, 0], &frame[9..]].concat()).await;
+                }
+                at = end;
+            }
+        }
+        types
+    }
+
+    #[tokio::test]
+    async fn an_idle_connection_is_kept_alive_by_pings() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let target = listener.local_addr().unwrap().to_string();
+        let gateway = Gateway::at(&target, None, Arc::new(|endpoint| endpoint)).unwrap();
+        let pings = |types: &[u8]| types.iter().filter(|kind| **kind == 6).count();
+        let server = tokio::spawn(frames(listener, move |types| pings(types) == 3));
+        gateway.connect().await.unwrap();
+        let sent = tokio::time::timeout(Duration::from_secs(20), server).await;
+        assert_eq!(pings(&sent.expect("pings").unwrap()), 3);
     }
 
     fn replicas(addresses: &[&str]) -> Replicas {

@@ -897,16 +897,18 @@ async fn an_ok_that_lacks_what_was_asked_for_is_an_error() {
     let client = odd_gateway(vec![encoded(&lists)]).await;
     let error = client.tokenize(["a", "b"]).model("m").send().await.unwrap_err();
     assert_eq!(error.message(), "got the tokens of 1 of 2 texts");
+    assert_eq!(error.request_id().len(), 32);
     assert_eq!(error.reason(), &Reason::StreamIncomplete);
 
     let client = odd_gateway(vec![encoded(&v1::GetModelResponse::default())]).await;
-    let error = client.model("m").send().await.unwrap_err();
-    assert_eq!(error.reason(), &Reason::StreamIncomplete);
+    let error = client.model("m").request_id("mine").send().await.unwrap_err();
+    assert_eq!((error.reason(), error.request_id()), (&Reason::StreamIncomplete, "mine"));
 
     let page = v1::ListModelsResponse { next_page_token: "again".into(), ..<_>::default() };
     let client = odd_gateway(vec![encoded(&page)]).await;
     let listed = tokio::time::timeout(Duration::from_secs(10), client.models().send()).await;
-    assert_eq!(listed.expect("an end").unwrap_err().reason(), &Reason::StreamIncomplete);
+    let error = listed.expect("an end").unwrap_err();
+    assert_eq!((error.reason(), error.request_id().len()), (&Reason::StreamIncomplete, 32));
 }
 
 #[tokio::test]

@@ -422,6 +422,15 @@ class _BlockingStream(_Streaming[Item]):
         return _Loop(self, lambda item: item)
 
     def __next__(self) -> Item:
+        try:
+            return self._next()
+        except BaseException:
+            # Of a signal, such as KeyboardInterrupt: its traceback holds the loop, so that nothing
+            # else would end the call while it is handled. A call that has ended does not mind.
+            self._cancel()
+            raise
+
+    def _next(self) -> Item:
         while not self._ended:
             try:
                 message = next(self._call)
@@ -432,11 +441,6 @@ class _BlockingStream(_Streaming[Item]):
             except grpc.RpcError as error:
                 self._ended = True
                 raise _failed(self._receives, error) from None
-            except BaseException:
-                # Of a signal, such as KeyboardInterrupt: its traceback holds the loop, so that
-                # nothing else would end the call while it is handled.
-                self._cancel()
-                raise
             item = self._received(message)
             if item is not None:
                 return item
