@@ -23,7 +23,7 @@ from tokenwire.v1 import chat_pb2, error_reason_pb2
 from tokenwire_service.attempts import Call
 from tokenwire_service.callers import Callers, Tenant
 from tokenwire_service.errors import GatewayError, Violation, invalid
-from tokenwire_service.telemetry import CallEvent, Observer
+from tokenwire_service.telemetry import CallEvent, CallSpan, Observer, Tracer
 from tokenwire_service.wording import printable
 
 _PREFIX = "/tokenwire.v1."
@@ -61,6 +61,7 @@ class CallContext:
         self.queue_seconds = self.key_seconds = self.backoff_seconds = 0.0
         self.first_token_seconds: float | None = None
         self.upstream = self.key_id = ""  # of the last attempt
+        self.span: CallSpan | None = None  # where the RPC is traced
 
     def account(self, call: Call) -> None:
         """Adds what one call of the RPC cost."""
@@ -123,20 +124,31 @@ class Boundary(grpc.aio.ServerInterceptor):
         max_message_bytes: int,
         *,
         callers: Callers | None = None,
+        tracer: Tracer | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._callers = callers or Callers(())
+        self._tracer = tracer
         self._observer = observer
         self._logger = logger
         self._max_message_bytes = max_message_bytes
         self._now = now
-        self._running = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._number = 0
+        self._running: set[int] = set()
+        # Who waits for some of them, with those that they wait for yet.
+        self._passing: list[tuple[set[int], asyncio.Future[None]]] = []
 
     async def idle(self) -> None:
         """Returns once no RPC of tokenwire.v1 runs, their statuses sent."""
-        await self._idle.wait()
+        while self._running:
+            await self.passed()
+
+    async def passed(self) -> None:
+        """Returns once those have ended that run now, whatever has begun meanwhile."""
+        if self._running:
+            passed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._passing.append((set(self._running), passed))
+            await passed
 
     async def intercept_service(
         self,
@@ -167,6 +179,8 @@ class Boundary(grpc.aio.ServerInterceptor):
         # Any: grpc types handlers as sync ones, or as generators.
         async def wrapped(request: Any, context: Context) -> Any:
             call = CallContext(context, request_id, self._now(), self._max_message_bytes)
+            if self._tracer is not None:
+                call.span = self._tracer.call(method.removeprefix("/"), metadata)
             self._began(context)
             context.set_trailing_metadata((("x-request-id", request_id),))
             answer = None
@@ -209,14 +223,20 @@ class Boundary(grpc.aio.ServerInterceptor):
             raise asyncio.CancelledError from None  # nobody is there to hear it
 
     def _began(self, context: Context) -> None:
-        self._running += 1
-        self._idle.clear()
-        context.add_done_callback(self._done)  # type: ignore[arg-type]  # the stubs want their class
+        self._number += 1
+        number = self._number
+        self._running.add(number)
+        # The stubs want their own class.
+        context.add_done_callback(lambda _: self._done(number))  # type: ignore[arg-type]
 
-    def _done(self, _context: Context) -> None:
-        self._running -= 1
-        if not self._running:
-            self._idle.set()
+    def _done(self, number: int) -> None:
+        self._running.discard(number)
+        for numbers, passed in self._passing:
+            numbers.discard(number)
+            if not numbers and not passed.done():
+                passed.set_result(None)
+        if self._passing:
+            self._passing = [each for each in self._passing if not each[1].done()]
 
     def _gone(self, call: CallContext, method: str) -> None:
         # At its deadline a caller resets the stream, often a moment before our own timer.
@@ -232,30 +252,32 @@ class Boundary(grpc.aio.ServerInterceptor):
         return internal_error()
 
     def _ended(self, call: CallContext, method: str, code: str, reason: str, message: str) -> None:
-        self._observer.call(
-            CallEvent(
-                call.request_id,
-                method.removeprefix("/"),
-                code,
-                reason,
-                message,
-                call.model,
-                call.attempts,
-                call.usage.prompt_tokens,
-                call.usage.completion_tokens,
-                call.usage.estimated,
-                self._now() - call.started,
-                call.labels,
-                call.tenant.name,
-                upstream=call.upstream,
-                key_id=call.key_id,
-                retries=call.retries,
-                queue_seconds=call.queue_seconds,
-                key_seconds=call.key_seconds,
-                backoff_seconds=call.backoff_seconds,
-                first_token_seconds=call.first_token_seconds,
-            )
+        event = CallEvent(
+            call.request_id,
+            method.removeprefix("/"),
+            code,
+            reason,
+            message,
+            call.model,
+            call.attempts,
+            call.usage.prompt_tokens,
+            call.usage.completion_tokens,
+            call.usage.estimated,
+            self._now() - call.started,
+            call.labels,
+            call.tenant.name,
+            upstream=call.upstream,
+            key_id=call.key_id,
+            retries=call.retries,
+            queue_seconds=call.queue_seconds,
+            key_seconds=call.key_seconds,
+            backoff_seconds=call.backoff_seconds,
+            first_token_seconds=call.first_token_seconds,
+            trace_id="" if call.span is None else call.span.trace_id,
         )
+        self._observer.call(event)
+        if call.span is not None:
+            call.span.end(event)
 
 
 def callers_cancel() -> bool:
