@@ -211,23 +211,25 @@ def test_alerts_and_dashboard_are_those_of_the_monitoring_folder(
 # --- values -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("drain", "seconds"),
-    [
-        (None, 5 + 120 + 10),
-        ({}, 5 + 120 + 10),
-        ({"grace": "10m"}, 5 + 600 + 10),
-        ({"propagation": "0s", "grace": "0s"}, 10),
-        ({"propagation": "1m30s", "grace": "1h"}, 90 + 3600 + 10),
-        ({"propagation": "500ms", "grace": "1.2s"}, 2 + 10),
-    ],
-)
-def test_the_kill_comes_after_the_drain(drain: dict[str, str] | None, seconds: int) -> None:
-    config = yaml.safe_dump({"drain": drain} if drain is not None else {"reflection": False})
-    (manifests,) = rendered({"config": config})
-    assert pod_of(manifests)["spec"]["terminationGracePeriodSeconds"] == seconds
-    scale_down = only(manifests, "HorizontalPodAutoscaler")["spec"]["behavior"]["scaleDown"]
-    assert scale_down["policies"][0]["periodSeconds"] == min(seconds, 1800)
+DRAINS: list[tuple[dict[str, str] | None, int]] = [
+    (None, 5 + 120 + 10),
+    ({}, 5 + 120 + 10),
+    ({"grace": "10m"}, 5 + 600 + 10),
+    ({"propagation": "0s", "grace": "0s"}, 10),
+    ({"propagation": "1m30s", "grace": "1h"}, 90 + 3600 + 10),
+    ({"propagation": "500ms", "grace": "1.2s"}, 2 + 10),
+]
+
+
+def test_the_kill_comes_after_the_drain() -> None:
+    configs = [
+        {"drain": drain} if drain is not None else {"reflection": False} for drain, _ in DRAINS
+    ]
+    answers = rendered(*({"config": yaml.safe_dump(config)} for config in configs))
+    for (_, seconds), manifests in zip(DRAINS, answers, strict=True):
+        assert pod_of(manifests)["spec"]["terminationGracePeriodSeconds"] == seconds
+        scale_down = only(manifests, "HorizontalPodAutoscaler")["spec"]["behavior"]["scaleDown"]
+        assert scale_down["policies"][0]["periodSeconds"] == min(seconds, 1800)
 
 
 def test_without_a_drain_in_the_file_the_chart_reckons_with_the_gateways_own() -> None:
@@ -251,10 +253,8 @@ def test_pods_are_replaced_where_the_configuration_needs_a_restart_and_only_ther
     split = {path.partition(".")[0] for path in RELOADED if "." in path}
     fields = {field.name: field.type for field in msgspec.structs.fields(Config)}
     paths = []
-    for name in fields.keys() - {
-        "warnings",
-        "tls",
-    }:  # no setting; one that wants `health` beside it
+    no_case = {"warnings", "tls"}  # no setting; and one that wants `health` beside it
+    for name in fields.keys() - no_case:
         below = msgspec.structs.fields(fields[name]) if name in split else ()
         paths += [f"{name}.{field.name}" for field in below] or [name]
     assert set(paths) >= RELOADED
@@ -275,12 +275,13 @@ def test_ports_and_protocol_follow_the_configuration() -> None:
         health: {listen: "0.0.0.0:50054"}
         metrics: {listen: "0.0.0.0:9999"}
     """
-    for config, probed, protocol, metrics in (
+    cases = [
         ("{}", 50051, "kubernetes.io/h2c", []),
         (secured, 50054, "https", [9999]),
         ('{metrics: {listen: "off"}, health: {listen: "off"}}', 50051, "kubernetes.io/h2c", []),
-    ):
-        (manifests,) = rendered({"config": config})
+    ]
+    answers = rendered(*({"config": config} for config, *_ in cases))
+    for (_, probed, protocol, metrics), manifests in zip(cases, answers, strict=True):
         (container,) = pod_of(manifests)["spec"]["containers"]
         for name in ("startup", "readiness", "liveness"):
             assert container[f"{name}Probe"]["grpc"]["port"] == probed
@@ -295,50 +296,49 @@ def test_ports_and_protocol_follow_the_configuration() -> None:
         assert opened == list(ports)
 
 
-@pytest.mark.parametrize(
-    ("config", "ports"),
-    [
-        ("{}", [443]),
-        ("upstreams: {a: {base_url: https://a/v1}, b: {base_url: https://b/v1}}", [443]),
-        ('upstreams: {a: {base_url: "http://vllm.llm.svc:8000/v1"}}', [8000]),
-        (
-            'upstreams: {a: {base_url: "http://[fd00::1]:81"}, b: {base_url: "http://[fd00::1]"}}',
-            [81, 80],
-        ),
-        ('upstreams: {a: {base_url: "https://a", proxy: "http://proxy:3128"}}', [443, 3128]),
-        ('{otlp: {endpoint: "http://collector:4317"}}', [4317, 443]),
-        ('{redis: {url: "redis://redis"}}', [6379, 443]),
-        ('{redis: {url: "rediss://redis:6380/1"}}', [6380, 443]),
-        ('{redis: {url: "unix:/run/redis.sock"}}', [443]),
-    ],
-)
-def test_the_way_out_is_open_to_what_the_configuration_names(config: str, ports: list[int]) -> None:
-    (manifests,) = rendered({"config": config})
-    dns, called = only(manifests, "NetworkPolicy")["spec"]["egress"]
-    assert [port["port"] for port in dns["ports"]] == [53, 53]
-    assert [port["port"] for port in called["ports"]] == ports
-    cloud = [to["ipBlock"].get("except") for to in called["to"] if "ipBlock" in to]
-    assert cloud == [["169.254.169.254/32"], None]
+CALLED = [
+    ("{}", [443]),
+    ("upstreams: {a: {base_url: https://a/v1}, b: {base_url: https://b/v1}}", [443]),
+    ('upstreams: {a: {base_url: "http://vllm.llm.svc:8000/v1"}}', [8000]),
+    (
+        'upstreams: {a: {base_url: "http://[fd00::1]:81"}, b: {base_url: "http://[fd00::1]"}}',
+        [81, 80],
+    ),
+    ('upstreams: {a: {base_url: "https://a", proxy: "http://proxy:3128"}}', [443, 3128]),
+    ('{otlp: {endpoint: "http://collector:4317"}}', [4317, 443]),
+    ('{redis: {url: "redis://redis"}}', [6379, 443]),
+    ('{redis: {url: "rediss://redis:6380/1"}}', [6380, 443]),
+    ('{redis: {url: "unix:/run/redis.sock"}}', [443]),
+]
 
 
-@pytest.mark.parametrize(
-    ("values", "told"),
-    [
-        ({"replica": 2}, "replica"),
-        ({"port": "grpc"}, "port"),
-        ({"config": {"upstreams": {}}}, "config"),
-        ({"image": {"digest": "latest"}}, "digest"),
-        ({"secretMounts": [{"secret": "s", "path": "relative"}]}, "path"),
-        ({"config": "drain: {grace: forever}"}, "config.drain: got forever"),
-        ({"config": "drain: ["}, "config: not YAML"),
-        ({"config": "tls: {certificate: a, key: b}"}, "config: with tls it needs health"),
-        ({"config": "{}", "monitoring": {"enabled": True}}, "monitoring.enabled: config opens no"),
-        ({"autoscaling": {"cpuPerPod": ""}}, "neither cpuPerPod nor inFlight"),
-    ],
-)
-def test_a_wrong_value_is_refused_and_named(values: dict[str, Any], told: str) -> None:
-    (answer,) = answered(values)
-    assert told in answer["error"]
+def test_the_way_out_is_open_to_what_the_configuration_names() -> None:
+    answers = rendered(*({"config": config} for config, _ in CALLED))
+    for (config, ports), manifests in zip(CALLED, answers, strict=True):
+        dns, called = only(manifests, "NetworkPolicy")["spec"]["egress"]
+        assert [port["port"] for port in dns["ports"]] == [53, 53]
+        assert [port["port"] for port in called["ports"]] == ports, config
+        cloud = [to["ipBlock"].get("except") for to in called["to"] if "ipBlock" in to]
+        assert cloud == [["169.254.169.254/32"], None]
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"replica": 2}, "replica"),
+    ({"port": "grpc"}, "port"),
+    ({"config": {"upstreams": {}}}, "config"),
+    ({"image": {"digest": "latest"}}, "digest"),
+    ({"secretMounts": [{"secret": "s", "path": "relative"}]}, "path"),
+    ({"config": "drain: {grace: forever}"}, "config.drain: got forever"),
+    ({"config": "drain: ["}, "config: not YAML"),
+    ({"config": "tls: {certificate: a, key: b}"}, "config: with tls it needs health"),
+    ({"config": "{}", "monitoring": {"enabled": True}}, "monitoring.enabled: config opens no"),
+    ({"autoscaling": {"cpuPerPod": ""}}, "neither cpuPerPod nor inFlight"),
+]
+
+
+def test_a_wrong_value_is_refused_and_named() -> None:
+    for (values, told), answer in zip(WRONG, answered(*(v for v, _ in WRONG)), strict=True):
+        assert told in answer["error"], values
 
 
 def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
