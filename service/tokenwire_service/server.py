@@ -26,7 +26,7 @@ from tokenwire.v1 import (
     tokenizer_service_pb2,
     tokenizer_service_pb2_grpc,
 )
-from tokenwire_service import keyfiles, reload
+from tokenwire_service import keyfiles, reload, sharing
 from tokenwire_service.admin import AdminServicer
 from tokenwire_service.certificates import Certificates
 from tokenwire_service.config import Config
@@ -149,6 +149,7 @@ async def serving(
             stack.push_async_callback(otlp.close)  # last of all: what ends now is told, too
             wanted.append(otlp.observer)
         observer = Observers(*(each for each in wanted if each is not None))
+        quotas = await stack.enter_async_context(sharing.started(config.redis, logger))
         live = Live(
             config,
             observer,
@@ -157,6 +158,7 @@ async def serving(
             logger,
             heartbeat=heartbeat,
             relayed=_relayed(recent, metrics),
+            quotas=quotas,
         )
         stack.push_async_callback(live.close)
         gateway = live.gateway
