@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(arguments: argparse.Namespace) -> int:
     from tokenwire_service.config import ConfigError, load
-    from tokenwire_service.server import ListenError, ServerEndedError
+    from tokenwire_service.server import CutShortError, ListenError, ServerEndedError
 
     try:
         config = load(arguments.config, os.environ, listen=arguments.listen)
@@ -123,7 +123,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         return EXIT_USAGE
     try:
         _run(_serve_config(config))
-    except (ListenError, ServerEndedError) as error:
+    except (CutShortError, ListenError, ServerEndedError) as error:
         print(f"tokenwire: {error}", file=sys.stderr)
         return EXIT_FAILED
     return 0

@@ -503,6 +503,11 @@ class _Loading:
             expected = f"no less than backoff, {config.retries.backoff:g}s"
             place = ("retries", "backoff_cap")
             self._reader.problem(place, f"{config.retries.backoff_cap:g}s", expected)
+        grace, total = config.connections.max_age_grace, config.timeouts.total
+        if grace is not None and grace < total:
+            place = ("connections", "max_age_grace")
+            expected = f"no less than timeouts.total, {total:g}s, or null"
+            self._reader.problem(place, f"{grace:g}s", expected)
         through = [upstream for upstream in config.upstreams if upstream.passthrough]
         for upstream in through[1:]:
             got = f"true, as at {through[0].name}"

@@ -9,14 +9,14 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from google.protobuf import descriptor_pool
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from tokenwire.admin.v1 import admin_service_pb2, admin_service_pb2_grpc
@@ -36,6 +36,7 @@ from tokenwire_service.certificates import Certificates
 from tokenwire_service.config import Config, Upstream
 from tokenwire_service.counters import Counters
 from tokenwire_service.gateway import Gateway
+from tokenwire_service.health import HEALTH_SERVICE, Health
 from tokenwire_service.interceptors import Boundary
 from tokenwire_service.keyfiles import FileUnusable, FileUsable, KeyFiles
 from tokenwire_service.keyring import KeyRing
@@ -45,7 +46,7 @@ from tokenwire_service.relay import HEARTBEAT_SECONDS
 from tokenwire_service.retry import Backoff
 from tokenwire_service.secret import Scrubber
 from tokenwire_service.servicer import ChatServicer, ModelServicer, TokenizerServicer
-from tokenwire_service.settings import ADMIN_OFF, DEFAULT_ADMIN
+from tokenwire_service.settings import ADMIN_OFF, DEFAULT_ADMIN, Connections
 from tokenwire_service.telemetry import LogObserver, Observer, Observers, log_scrubber
 from tokenwire_service.tokens import TokenCounter
 from tokenwire_service.upstream.client import UpstreamClient
@@ -81,19 +82,8 @@ class ServerEndedError(Exception):
     """The server stopped though nobody asked it to."""
 
 
-class Health(health.aio.HealthServicer):  # type: ignore[misc]  # no types are published for it
-    """grpc.health.v1 with List, which grpcio-health-checking has for sync servers only."""
-
-    async def List(  # noqa: N802  # the contract's name
-        self, request: health_pb2.HealthListRequest, context: Any
-    ) -> health_pb2.HealthListResponse:
-        """Every service at once."""
-        return health_pb2.HealthListResponse(
-            statuses={
-                name: health_pb2.HealthCheckResponse(status=status)
-                for name, status in self._server_status.items()
-            }
-        )
+class CutShortError(Exception):
+    """A second signal ended the server before it had drained."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +152,7 @@ async def serving(
             interceptors=(boundary,),
             options=(
                 *_OPTIONS,
+                *_ages(config.connections),
                 ("grpc.max_receive_message_length", config.limits.message_bytes),
                 ("grpc.max_send_message_length", config.limits.message_bytes),
             ),
@@ -179,10 +170,10 @@ async def serving(
             ModelServicer(gateway, config),  # type: ignore[arg-type]
             server,
         )
-        health_servicer = Health()
+        health_servicer = Health(SERVICES)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         if config.reflection:
-            _add_reflection(server, (*SERVICES, health.SERVICE_NAME))
+            _add_reflection(server, (*SERVICES, HEALTH_SERVICE))
         tls = config.tls
         address = _listen(
             server,
@@ -200,8 +191,7 @@ async def serving(
         tell = _teller(pools, counters, scrub, logger)
         watching = asyncio.ensure_future(_watch(files, tell, config.key_file_interval, logger))
         stack.push_async_callback(_cancelled, watching)
-        for name in ("", *SERVICES):
-            await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await health_servicer.started()
         yield Running(address, admin, page, gateway, server, boundary, health_servicer, pools)
 
 
@@ -217,7 +207,8 @@ async def serve_until_signalled(
     SIGTERM comes from a supervisor: NOT_SERVING at once, but new calls are still taken for
     `drain.propagation` seconds, because endpoints learn of it only then; after that running
     calls get `drain.grace` seconds. SIGINT comes from a person and skips the first wait.
-    Raises ServerEndedError if the server ends by itself, so that a supervisor restarts it.
+    Raises ServerEndedError if the server ends by itself, so that a supervisor restarts it, and
+    CutShortError after a second signal, so that whoever watches knows that calls were cut off.
     """
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     loop = asyncio.get_running_loop()
@@ -232,7 +223,7 @@ async def serve_until_signalled(
                 raise ServerEndedError("the gRPC server ended by itself")
             fields = {"signal": first.name, "in_flight": running.gateway.in_flight}
             logger.info("draining", extra={"fields": fields})
-            await running.health.enter_graceful_shutdown()
+            await running.health.draining()
             insisted = None
             if first is signal.SIGTERM:
                 insisted = await _next(signals, {ended}, config.drain.propagation)
@@ -252,6 +243,8 @@ async def serve_until_signalled(
             await running.server.stop(0)
             await ended
             logger.info("stopped", extra={"fields": {"cut_short": insisted is not None}})
+            if insisted is not None:
+                raise CutShortError(f"a second signal, {insisted.name}, ended it at once")
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
@@ -271,6 +264,15 @@ async def _next(
         return waiting.result()
     waiting.cancel()
     return None
+
+
+def _ages(connections: Connections) -> Iterator[tuple[str, int]]:
+    """gRPC adds or takes away up to a tenth of the age, so that callers do not return in step."""
+    if connections.max_age is None:
+        return
+    yield "grpc.max_connection_age_ms", round(connections.max_age * 1000)
+    if connections.max_age_grace is not None:
+        yield "grpc.max_connection_age_grace_ms", round(connections.max_age_grace * 1000)
 
 
 def _bulkhead(config: Config, upstream: Upstream) -> Admission:

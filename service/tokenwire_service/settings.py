@@ -310,6 +310,18 @@ class Timeouts(Struct, frozen=True, kw_only=True):
     write: Annotated[float, _duration("1ms", "24h")] = 60.0
 
 
+class Connections(Struct, frozen=True, kw_only=True):
+    """Connections of callers, seconds. Who balances load chooses an instance for each connection,
+    so that a new one gets no call before others have ended theirs."""
+
+    # After that a connection takes no new calls, and its caller opens another; up to a tenth more
+    # or less, by chance. None: never.
+    max_age: Annotated[float, _duration("1s", "24h")] | None = 600.0
+    # After that, for the calls that it carries to end; at least `timeouts.total`. None: until they
+    # have ended.
+    max_age_grace: Annotated[float, _duration("1s", "48h")] | None = None
+
+
 class Drain(Struct, frozen=True, kw_only=True):
     """Leaving after SIGTERM, seconds."""
 
@@ -586,6 +598,7 @@ class Config(Struct, frozen=True, kw_only=True):
     callers: tuple[Caller, ...] = ()
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()
+    connections: Connections = Connections()
     drain: Drain = Drain()
     # Whether the port answers grpc.reflection.
     reflection: bool = True

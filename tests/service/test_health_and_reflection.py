@@ -37,7 +37,7 @@ async def test_each_service_says_how_it_is(
     gateway = await start(upstream(simulator[1]))
     asked = health_pb2.HealthCheckRequest(service=service)
     assert (await health_of(gateway).Check(asked)).status == SERVING
-    await gateway.running.health.enter_graceful_shutdown()
+    await gateway.running.health.draining()
     assert (await health_of(gateway).Check(asked)).status == NOT_SERVING
     # Health is a hint to balancers: calls are still served.
     assert (await gateway.chat.Chat(request())).choices[0].message.content != ""
@@ -47,8 +47,12 @@ async def test_all_services_are_listed_at_once(start: Start, simulator: Simulate
     gateway = await start(upstream(simulator[1]))
     listed = await health_of(gateway).List(health_pb2.HealthListRequest())
     assert {name: answer.status for name, answer in listed.statuses.items()} == dict.fromkeys(
-        {"", *OURS}, SERVING
+        {"", "liveness", *OURS}, SERVING
     )
+    await gateway.running.health.draining()
+    listed = await health_of(gateway).List(health_pb2.HealthListRequest())
+    alive = [name for name, answer in listed.statuses.items() if answer.status == SERVING]
+    assert alive == ["liveness"]  # who restarted what drains would lose its calls
 
 
 async def test_an_unknown_service_is_not_found(start: Start, simulator: Simulated) -> None:
@@ -65,7 +69,7 @@ async def test_a_watcher_hears_of_each_change(
     gateway = await start(upstream(simulator[1]))
     watch = health_of(gateway).Watch(health_pb2.HealthCheckRequest(service=service))
     assert (await watch.read()).status == SERVING
-    await gateway.running.health.enter_graceful_shutdown()
+    await gateway.running.health.draining()
     assert (await watch.read()).status == NOT_SERVING
     watch.cancel()
 

@@ -33,6 +33,7 @@ from processes import (
     COMMAND,
     PROMPT,
     STALLED,
+    Program,
     begun,
     ended,
     environment,
@@ -445,12 +446,44 @@ async def test_sigterm_takes_new_calls_until_balancers_know_and_then_drains(
         running = await begun(gateway.chat.StreamChat(stream_request(paced(100))))
         gateway.signal(signal.SIGTERM)
         assert (await watch.read()).status == NOT_SERVING
+        for service, status in (("tokenwire.v1.ChatService", NOT_SERVING), ("liveness", SERVING)):
+            asked = health_pb2.HealthCheckRequest(service=service)
+            assert (await gateway.health.Check(asked)).status == status
         late = await begun(gateway.chat.StreamChat(stream_request(paced(60))))
         for received in await asyncio.gather(running, late):
             assert received.failure is None
             assert received.kinds[-1] == "trailer"
         assert await gateway.exit_code() == 0
     assert gateway.event("stopped")["cut_short"] is False  # type: ignore[index]
+
+
+def callers_ports(gateway: Program) -> set[str]:
+    """The far ends of the connections to its port."""
+    port = int(gateway.event("serving")["address"].rpartition(":")[2])  # type: ignore[index]
+    tables = (Path(f"/proc/net/{name}").read_text() for name in ("tcp", "tcp6"))
+    rows = [line.split() for table in tables for line in table.splitlines()[1:]]
+    return {row[2] for row in rows if row[1].endswith(f":{port:04X}") and row[3] == "01"}
+
+
+async def test_connections_end_with_age_and_no_call_ends_with_them(
+    tmp_path: Path, simulator: Simulated
+) -> None:
+    config = write_config(tmp_path, simulator[1], connections={"max_age": "1s"})
+    async with serve("--config", config, TEST_KEY=SECRETS[0]) as gateway:
+        # Longer than the age and what chance adds to it.
+        longest = await begun(gateway.chat.StreamChat(stream_request(paced(250))))
+        first = callers_ports(gateway)
+        seen: set[str] = set()
+        while not longest.done():
+            received = await receive(gateway.chat.StreamChat(stream_request(paced(2))))
+            assert received.failure is None
+            seen |= callers_ports(gateway)
+        received = await longest
+        assert received.failure is None
+        assert received.kinds[-1] == "trailer"
+        assert len(first) == 1
+        assert seen > first  # new calls went on over another one
+        await until(lambda: not first & callers_ports(gateway))
 
 
 async def test_who_watches_health_does_not_hold_up_the_end(
@@ -500,9 +533,10 @@ async def test_a_second_signal_ends_it_at_once(
             gateway.signal(number)
             await until(lambda: gateway.event("draining") is not None)
         assert (await stream).failure is not None
-        assert await gateway.exit_code() == 0
+        assert await gateway.exit_code() == 1
         await until(lambda: simulator[0].stats.aborted_streams == 1)
     assert gateway.event("stopped")["cut_short"] is True  # type: ignore[index]
+    assert gateway.lines[-1] == f"tokenwire: a second signal, {signals[1].name}, ended it at once"
     assert "Traceback" not in "\n".join(gateway.lines)
 
 

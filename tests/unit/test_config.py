@@ -322,7 +322,7 @@ ENV = "the name of an environment variable (the key itself never stands here)"
 HEADER = "a header name, neither set by the gateway nor for credentials"
 TEXT = "text (in quotes if it looks like something else)"
 FIELDS = (  # in order
-    "listen, tls, callers, limits, timeouts, drain, reflection, log, retries, admin, "
+    "listen, tls, callers, limits, timeouts, connections, drain, reflection, log, retries, admin, "
     "status_page, key_file_interval, upstreams, models"
 )
 ADMIN = 'host:port of the loopback interface, "[::1]:port" in quotes, unix:/path, or off'
@@ -422,6 +422,13 @@ MALFORMED: dict[str, tuple[str, list[str]]] = {
     "backoff above its cap": (
         "retries:\n  backoff: 2s\n  backoff_cap: 1s",
         ["4: retries.backoff_cap: got 1s, expected no less than backoff, 2s"],
+    ),
+    "a grace that would cut streams within their time": (
+        "timeouts: {total: 10m}\nconnections: {max_age_grace: 9m}",
+        [
+            "3: connections.max_age_grace: got 540s, expected no less than timeouts.total, 600s, "
+            "or null"
+        ],
     ),
     "listen": (
         "listen: 127.0.0.1:65536",
