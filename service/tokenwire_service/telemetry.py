@@ -9,9 +9,11 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol, TextIO
+
+import msgspec
 
 from tokenwire_service.secret import Scrubber, Secret
 
@@ -105,7 +107,7 @@ class LogObserver:
         if self._logger.isEnabledFor(level):
             fields = {
                 name: round(value, 4) if isinstance(value, float) else value
-                for name, value in asdict(event).items()
+                for name, value in vars(event).items()
             }
             self._logger.log(level, name, extra={"fields": fields})
 
@@ -150,7 +152,14 @@ class LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line. Line breaks in values are escaped, so that no value can forge a line."""
         given: dict[str, object] = getattr(record, "fields", {})
-        fields = {name: self._scrubbed(value) for name, value in given.items() if value is not None}
+        fields = {
+            name: value if isinstance(value, _AS_THEY_ARE) else _as_json(value)
+            for name, value in given.items()
+            if value is not None
+        }
+        # One look at all texts together: nearly never is there anything to be found.
+        if self._scrub.finds("\n".join(_texts(fields))):
+            fields = {name: self._scrubbed(value) for name, value in fields.items()}
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         at = f"{stamp}.{int(record.msecs):03d}Z"
         message = self._scrub(record.getMessage())
@@ -159,16 +168,42 @@ class LineFormatter(logging.Formatter):
             line = {"time": at, "level": record.levelname.lower(), "event": message, **fields}
             if trace:
                 line["trace"] = trace
-            return _escaped(json.dumps(line, ensure_ascii=False))
+            return _escaped(_dumps(line))
         shown = " ".join(f"{k}={_plain(v)}" for k, v in fields.items() if v not in ("", {}))
         text = _escaped(f"{at} {record.levelname.lower():7} {message} {shown}".rstrip())
         return f"{text}\n{trace}" if trace else text
 
     def _scrubbed(self, value: object) -> object:
-        """`value` as JSON has it: numbers and maps stay what they are, all else is text."""
-        if isinstance(value, Mapping):
-            return {self._scrub(str(name)): self._scrubbed(each) for name, each in value.items()}
-        return value if isinstance(value, int | float) else self._scrub(str(value))
+        if isinstance(value, dict):
+            return {self._scrub(name): self._scrubbed(each) for name, each in value.items()}
+        return self._scrub(value) if isinstance(value, str) else value
+
+
+_AS_THEY_ARE = (str, int, float)
+_encoder = msgspec.json.Encoder()
+
+
+def _as_json(value: object) -> object:
+    """`value` as JSON has it: numbers and maps stay what they are, all else is text."""
+    if isinstance(value, Mapping):
+        return {str(name): _as_json(each) for name, each in value.items()}
+    return value if isinstance(value, int | float) else str(value)
+
+
+def _texts(fields: Mapping[str, object]) -> Iterator[str]:
+    for value in fields.values():
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            yield from value
+            yield from _texts(value)
+
+
+def _dumps(line: object) -> str:
+    try:
+        return _encoder.encode(line).decode()
+    except (ValueError, OverflowError):  # half a surrogate pair; an integer of more than 64 bits
+        return json.dumps(line, ensure_ascii=False, separators=(",", ":"))
 
 
 def _plain(value: object) -> str:
