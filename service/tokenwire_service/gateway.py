@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol, TypeVar
 
 from tokenwire.v1 import (
@@ -44,7 +45,7 @@ from tokenwire_service.keyring import (
     Lease,
     Unavailable,
 )
-from tokenwire_service.layouts import estimate, so_far
+from tokenwire_service.layouts import estimate, prompt_tokens, so_far
 from tokenwire_service.pool import Pool
 from tokenwire_service.relay import HEARTBEAT_SECONDS, Outbox, Relayed, Write, text_bytes
 from tokenwire_service.retry import Backoff, RetryBudget
@@ -90,6 +91,11 @@ class Call:
     key_seconds: float = 0.0  # waiting for keys
     backoff_seconds: float = 0.0  # between attempts
     first_token_at: float | None = None  # of a stream
+
+    @cached_property
+    def prompt_tokens(self) -> int:
+        """Estimated: what the limits of callers and of keys count beforehand."""
+        return prompt_tokens(self.chat)
 
 
 @dataclass
@@ -208,9 +214,11 @@ class Gateway:
         self._budget = RetryBudget(config.retries.budget, config.retries.budget_floor, now)
         self._admission = Admission(config.limits.in_flight, config.limits.queue, now)
         self._models: dict[str, Model] = {}
+        self._routes: dict[str, Route] = {}
         for model in config.models:
+            route = Route(pools[model.upstream].upstream, model, model.upstream_model)
             for name in (model.name, *model.aliases):
-                self._models[name] = model
+                self._models[name], self._routes[name] = model, route
         self._passthrough = next((u for u in config.upstreams if u.passthrough), None)
         # Of each upstream, with the keys it was made for: to make one takes a while.
         self._scrubbers: dict[str, tuple[tuple[Key, ...], Scrubber]] = {}
@@ -426,9 +434,9 @@ class Gateway:
 
     def route(self, name: str) -> Route:
         """Where a model's name leads. Raises MODEL_NOT_FOUND."""
-        model = self._models.get(name)
-        if model is not None:
-            return Route(self._pools[model.upstream].upstream, model, model.upstream_model)
+        configured = self._routes.get(name)
+        if configured is not None:
+            return configured
         if self._passthrough is not None:
             return Route(self._passthrough, None, name)
         raise GatewayError(
@@ -634,7 +642,7 @@ class Gateway:
         cost = 0
         if pool.ring.counts_tokens:
             choices = max(1, chat.params.choice_count)
-            cost = estimate(chat, 0).prompt_tokens + plan.encoded.max_completion_tokens * choices
+            cost = call.prompt_tokens + plan.encoded.max_completion_tokens * choices
         until = call.deadline if plan.patient else self._now()
         waited = _Stopwatch(self._now)
         try:

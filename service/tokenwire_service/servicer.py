@@ -24,7 +24,6 @@ from tokenwire_service.interceptors import (
     internal_error,
     rpc_status,
 )
-from tokenwire_service.layouts import estimate
 from tokenwire_service.relay import refusal
 from tokenwire_service.tokens import TokenCounter, tokenizer_for
 from tokenwire_service.upstream.request import turns
@@ -285,7 +284,7 @@ def admitted(call: Call, context: CallContext) -> Iterator[None]:
     if context.tenant.counts_tokens:
         params = call.chat.params
         answer = params.max_completion_tokens * max(1, params.choice_count)
-        cost = estimate(call.chat, 0).prompt_tokens + answer
+        cost = call.prompt_tokens + answer
     with context.tenant.admitted(cost) as spending:
         try:
             yield

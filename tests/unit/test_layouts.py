@@ -11,6 +11,7 @@ from harness import request
 from tokenwire.v1 import chat_pb2, chat_service_pb2
 from tokenwire_service import layouts
 from tokenwire_service.layouts import (
+    is_proven,
     CHATML,
     GPT5,
     HARMONY,
@@ -25,7 +26,7 @@ Chat = chat_service_pb2.ChatRequest
 
 
 def proven(layout: Layout, chat: Chat) -> bool:
-    return lay(layout, chat, as_written(chat)).proven
+    return is_proven(layout, chat, as_written(chat))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 from urllib.parse import quote
 
@@ -30,17 +31,17 @@ class Route:
     model: Model | None
     model_name: str
 
-    @property
+    @cached_property
     def dialect_name(self) -> str:
         """What is spoken there."""
         return dialect_of(self.upstream, self.model, self.model_name)
 
-    @property
+    @cached_property
     def profile_name(self) -> str:
         """What is taken there of OpenAI's language; "" where another one is spoken."""
         return profile_of(self.upstream, self.model, self.model_name)
 
-    @property
+    @cached_property
     def streaming(self) -> str:
         """When the upstream is asked for a stream: the model's setting, else the upstream's."""
         configured = self.model.streaming if self.model is not None else None
