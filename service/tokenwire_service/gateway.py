@@ -60,6 +60,8 @@ from tokenwire_service.wording import SAYINGS, printable, proto_path, said, trai
 T = TypeVar("T")
 StreamChatResponse = chat_service_pb2.StreamChatResponse
 
+_MOST_ROUTES = 1024  # of names that pass through
+
 _SHORTEST_ACCOUNT = 8  # characters; a shorter organization may be a plain word
 
 _LAST_WORDS = 1.0  # seconds after the deadline for the last snapshots, if the caller reads
@@ -220,6 +222,8 @@ class Gateway:
             for name in (model.name, *model.aliases):
                 self._models[name], self._routes[name] = model, route
         self._passthrough = next((u for u in config.upstreams if u.passthrough), None)
+        # Routes remember what is spoken there. Callers choose the names, so they have no end.
+        self._passed: dict[str, Route] = {}
         # Of each upstream, with the keys it was made for: to make one takes a while.
         self._scrubbers: dict[str, tuple[tuple[Key, ...], Scrubber]] = {}
         self.draining = False
@@ -434,11 +438,13 @@ class Gateway:
 
     def route(self, name: str) -> Route:
         """Where a model's name leads. Raises MODEL_NOT_FOUND."""
-        configured = self._routes.get(name)
+        configured = self._routes.get(name) or self._passed.get(name)
         if configured is not None:
             return configured
         if self._passthrough is not None:
-            return Route(self._passthrough, None, name)
+            if len(self._passed) >= _MOST_ROUTES:
+                self._passed.clear()
+            return self._passed.setdefault(name, Route(self._passthrough, None, name))
         raise GatewayError(
             error_reason_pb2.ERROR_REASON_MODEL_NOT_FOUND,
             f"no model {name[:80]!r} is configured, and no upstream passes names through",

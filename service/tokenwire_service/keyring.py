@@ -19,6 +19,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from heapq import heapify, heappop
 
 from tokenwire_service.concurrency import GROWTH, AdaptiveLimit
 from tokenwire_service.config import Key, Upstream
@@ -270,21 +271,23 @@ class KeyRing:
         all_closed: list[Unavailable] = []
         ranked: list[tuple[bool, float, float, int]] = []
         for place, state in enumerate(self._keys):
-            if state.key.quota_group in avoid:
+            if avoid and state.key.quota_group in avoid:
                 all_closed.append(Unavailable(math.inf, Fault.OVER_TIER))
                 continue
             unknown = uneven and model not in state.serves
             if sticky:
                 ranked.append((unknown, -_affinity(sticky, state.key), 0.0, place))
-            else:
-                load = state.in_flight / state.key.weight
-                ranked.append((unknown, load, max(state.served, self._virtual_time), place))
-        # To rank a key takes less time than to see whether it is open, and the first mostly is.
-        ranked.sort()
-        for *_, place in ranked:
-            closed = self._closed(self._keys[place], model, now, tokens)
+                continue
+            served = state.served if state.served > self._virtual_time else self._virtual_time
+            ranked.append((unknown, state.in_flight / state.key.weight, served, place))
+        # To rank a key takes less time than to see whether it is open, and the first mostly is:
+        # a heap gives the next one only where it is asked for.
+        heapify(ranked)
+        while ranked:
+            state = self._keys[heappop(ranked)[-1]]
+            closed = self._closed(state, model, now, tokens)
             if closed is None:
-                return self._grant(self._keys[place], model, now, tokens)
+                return self._grant(state, model, now, tokens)
             all_closed.append(closed)
         return _soonest(all_closed)
 
