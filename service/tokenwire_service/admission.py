@@ -32,6 +32,7 @@ class Admission:
         self._in_flight = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._average = 0.0  # seconds a call holds its slot
+        self.dropped = 0  # calls refused since the start
 
     @property
     def in_flight(self) -> int:
@@ -65,6 +66,7 @@ class Admission:
             return
         expected = self._average * (len(self._waiting) + 1) / self.slots
         if len(self._waiting) >= self._queue or self._now() + expected > deadline:
+            self.dropped += 1
             raise FullError(max(expected, 0.1))  # seconds: a slot is hardly free sooner
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)

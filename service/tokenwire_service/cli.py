@@ -152,6 +152,7 @@ async def _serve_config(config: Config) -> None:
                         "address": running.address,
                         "admin": running.admin or "off",
                         "status_page": running.page or "off",
+                        "metrics": running.metrics or "off",
                         "upstreams": ",".join(u.name for u in config.upstreams),
                         "keys": sum(len(u.keys) for u in config.upstreams),
                     }

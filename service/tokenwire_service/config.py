@@ -620,6 +620,8 @@ def _summary(config: Config) -> Iterator[str]:
     yield f"admin      {config.admin.listen or f'{DEFAULT_ADMIN}, if that is free'}"
     if config.status_page.listen != ADMIN_OFF:
         yield f"page       {config.status_page.listen}"
+    if config.metrics.listen != ADMIN_OFF:
+        yield f"metrics    {config.metrics.listen}"
     if config.needs_simulator:
         yield "upstreams  none: no file, and no OPENAI_API_KEY; serve starts the simulator"
     for upstream in config.upstreams:

@@ -20,9 +20,9 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from tokenwire.v1 import chat_pb2, error_reason_pb2
+from tokenwire_service.attempts import Call
 from tokenwire_service.callers import Callers, Tenant
 from tokenwire_service.errors import GatewayError, Violation, invalid
-from tokenwire_service.gateway import Call
 from tokenwire_service.telemetry import CallEvent, Observer
 from tokenwire_service.wording import printable
 

@@ -113,9 +113,7 @@ def lay(layout: Layout, chat: chat_service_pb2.ChatRequest, turns: Sequence[Turn
     return Laid([text for text in texts if text], between)
 
 
-def is_proven(
-    layout: Layout, chat: chat_service_pb2.ChatRequest, turns: Sequence[Turn]
-) -> bool:
+def is_proven(layout: Layout, chat: chat_service_pb2.ChatRequest, turns: Sequence[Turn]) -> bool:
     """Whether calls of this shape were found to be counted to the token."""
     return _is_plain(chat) and all(_is_proven_turn(layout, turn) for turn in turns)
 

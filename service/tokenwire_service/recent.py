@@ -72,7 +72,7 @@ class Recent:
         else:
             second.failed[event.reason or event.code] += 1
 
-    def relayed(self, deltas: int, first_after: float | None) -> None:
+    def relayed(self, deltas: int, first_after: float | None, _gap: float | None = None) -> None:
         """A stream has sent so many deltas; `first_after`: seconds since its call began, where
         they are its first."""
         second = self._current()

@@ -18,8 +18,9 @@ from tokenwire_service.timer import Within
 StreamChatResponse = chat_service_pb2.StreamChatResponse
 Snapshot = chat_service_pb2.Snapshot
 Write = Callable[[StreamChatResponse], Awaitable[None]]
-# Told how many deltas came at once, and with a stream's first ones the seconds since it began.
-Relayed = Callable[[int, float | None], None]
+# Told how many deltas came at once; with a stream's first ones the seconds since it began, with all
+# others those since the ones before.
+Relayed = Callable[[int, float | None, float | None], None]
 
 # What is joined or held grows no further: a message must stay sendable, and memory bounded,
 # however much text comes at once. Half of the smallest limits.message_bytes.
@@ -59,6 +60,7 @@ class Outbox:
         self._pending: list[StreamChatResponse] = []
         self._joined_bytes = 0  # of the last one
         self._held_bytes = 0  # of all, at most
+        self._delta_at = started  # when the last one came
         self._flush_at = math.inf
         self._written_at = math.inf
         self.committed = False
@@ -83,7 +85,12 @@ class Outbox:
         if self.first_delta_at is None:
             return
         if self._relayed is not None and deltas:
-            self._relayed(deltas, None if begun else self.first_delta_at - self._started)
+            now = self._now()
+            if begun:
+                self._relayed(deltas, None, now - self._delta_at)
+            else:
+                self._relayed(deltas, self.first_delta_at - self._started, None)
+            self._delta_at = now
         if self._max_delay <= 0 or not self.committed or self._held_bytes >= _HOLD_BYTES:
             await self.flush()
         elif self._pending and self._flush_at == math.inf:

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf import descriptor_pool
@@ -42,7 +42,7 @@ from tokenwire_service.keyfiles import FileUnusable, FileUsable, KeyFiles
 from tokenwire_service.keyring import KeyRing
 from tokenwire_service.pool import Pool
 from tokenwire_service.recent import Recent
-from tokenwire_service.relay import HEARTBEAT_SECONDS
+from tokenwire_service.relay import HEARTBEAT_SECONDS, Relayed
 from tokenwire_service.retry import Backoff
 from tokenwire_service.secret import Scrubber
 from tokenwire_service.servicer import ChatServicer, ModelServicer, TokenizerServicer
@@ -51,6 +51,9 @@ from tokenwire_service.telemetry import LogObserver, Observer, Observers, log_sc
 from tokenwire_service.tokens import TokenCounter
 from tokenwire_service.upstream.client import UpstreamClient
 from tokenwire_service.upstream.dialects import chooser
+
+if TYPE_CHECKING:
+    from tokenwire_service.metrics import Observed
 
 SERVICES = (
     chat_service_pb2.DESCRIPTOR.services_by_name["ChatService"].full_name,
@@ -88,12 +91,14 @@ class CutShortError(Exception):
 
 @dataclass(frozen=True)
 class Running:
-    """A gateway that serves. `address` is where, with the port that was really bound; `admin` and
-    `page` the same for operators and of the status page, empty where they are off."""
+    """A gateway that serves. `address` is where, with the port that was really bound; `admin`,
+    `page` and `metrics` the same for operators, of the status page and for Prometheus, empty where
+    they are off."""
 
     address: str
     admin: str
     page: str
+    metrics: str
     gateway: Gateway
     server: grpc.aio.Server
     boundary: Boundary
@@ -127,8 +132,14 @@ async def serving(
     async with AsyncExitStack() as stack:
         counters = Counters()
         recent = Recent(lambda: gateway.in_flight)
-        observer = Observers(observer or LogObserver(logger), counters, recent)
         scrub = scrub or log_scrubber()
+        metrics = _metrics(config, scrub)
+        observer = Observers(
+            observer or LogObserver(logger),
+            counters,
+            recent,
+            *(() if metrics is None else (metrics,)),
+        )
         pools: dict[str, Pool] = {}
         dialect = chooser()
         for upstream in config.upstreams:
@@ -142,7 +153,7 @@ async def serving(
             observer,
             backoff=Backoff(retries.backoff, retries.backoff_cap),
             heartbeat=heartbeat,
-            relayed=recent.relayed,
+            relayed=_relayed(recent, metrics),
         )
         counter = TokenCounter(config.limits.tokenizer_bytes)
         stack.callback(counter.close)
@@ -185,6 +196,11 @@ async def serving(
         servicer = AdminServicer(gateway, config, pools, counters, recent, files, scrub, logger)
         admin = await _admin(servicer, config, logger, stack)
         page = await _status_page(servicer, config, logger, stack)
+        exposed = ""
+        if metrics is not None:
+            exposed = await _metrics_page(
+                metrics, gateway, config, pools, counters, files, logger, stack
+            )
         await server.start()
         stack.push_async_callback(server.stop, grace)
         scrub.replace(key.secret for pool in pools.values() for key in pool.ring.keys)
@@ -192,7 +208,9 @@ async def serving(
         watching = asyncio.ensure_future(_watch(files, tell, config.key_file_interval, logger))
         stack.push_async_callback(_cancelled, watching)
         await health_servicer.started()
-        yield Running(address, admin, page, gateway, server, boundary, health_servicer, pools)
+        yield Running(
+            address, admin, page, exposed, gateway, server, boundary, health_servicer, pools
+        )
 
 
 async def serve_until_signalled(
@@ -323,11 +341,60 @@ async def _status_page(
     listen = config.status_page.listen
     if listen == ADMIN_OFF:
         return ""
-    from tokenwire_service import statuspage  # an HTTP server takes a while to load
+    # An HTTP server takes a while to load.
+    from tokenwire_service import httplistener, statuspage
 
     try:
         return await stack.enter_async_context(statuspage.serving(listen, servicer.status, logger))
-    except statuspage.PageError as error:
+    except httplistener.HttpListenError as error:
+        raise ListenError(str(error)) from None
+
+
+def _metrics(config: Config, scrub: Scrubber) -> Observed | None:
+    """What counts for Prometheus; None where nobody collects it."""
+    if config.metrics.listen == ADMIN_OFF:
+        return None
+    from tokenwire_service import metrics  # takes a while to load, too
+
+    return metrics.Observed(config, scrub)
+
+
+def _relayed(recent: Recent, metrics: Observed | None) -> Relayed:
+    """Who is told what streams send while they run."""
+    if metrics is None:
+        return recent.relayed
+
+    def relayed(deltas: int, first_after: float | None, gap: float | None) -> None:
+        recent.relayed(deltas, first_after, gap)
+        metrics.relayed(deltas, gap)
+
+    return relayed
+
+
+async def _metrics_page(
+    metrics: Observed,
+    gateway: Gateway,
+    config: Config,
+    pools: Mapping[str, Pool],
+    counters: Counters,
+    files: KeyFiles,
+    logger: logging.Logger,
+    stack: AsyncExitStack,
+) -> str:
+    """Opens the port for Prometheus; where."""
+    from tokenwire_service import httplistener
+    from tokenwire_service.metrics import FirstConfig, Standing, exposition, watch_process
+
+    registry = metrics.registry
+    registry.register(Standing(gateway, config, pools, counters, files, FirstConfig()))
+    watch_process(registry)
+    routes = {"/metrics": httplistener.page(lambda accept: exposition(registry, accept))}
+    listen = config.metrics.listen
+    try:
+        return await stack.enter_async_context(
+            httplistener.serving(listen, routes, logger, setting="metrics.listen")
+        )
+    except httplistener.HttpListenError as error:
         raise ListenError(str(error)) from None
 
 

@@ -15,9 +15,10 @@ from tokenwire.v1 import (
     model_service_pb2,
     tokenizer_service_pb2,
 )
+from tokenwire_service.attempts import Call
 from tokenwire_service.config import Config
 from tokenwire_service.errors import TIMER, GatewayError
-from tokenwire_service.gateway import Call, Gateway
+from tokenwire_service.gateway import Gateway
 from tokenwire_service.interceptors import (
     CallContext,
     callers_cancel,

@@ -125,6 +125,10 @@ def _parse_admin_listen(value: object) -> str:
     raise ValueError(value)
 
 
+def _parse_optional_listen(value: object) -> str:
+    return ADMIN_OFF if value is False or value == ADMIN_OFF else _parse_listen(value)
+
+
 def _parse_header_name(value: object) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}", value):
         raise ValueError(value)
@@ -154,6 +158,13 @@ AdminListen = Annotated[
         description='host:port of the loopback interface, "[::1]:port" in quotes, unix:/path, or '
         "off",
         extra={"parse": _parse_admin_listen},
+    ),
+]
+OptionalListen = Annotated[
+    str,
+    Meta(
+        description='host:port, "[::]:port" in quotes, unix:/path, or off',
+        extra={"parse": _parse_optional_listen},
     ),
 ]
 Url = Annotated[
@@ -351,6 +362,16 @@ class StatusPage(Struct, frozen=True, kw_only=True):
 
     # Port 0: any free one.
     listen: AdminListen = ADMIN_OFF
+
+
+class Metrics(Struct, frozen=True, kw_only=True):
+    """Metrics for Prometheus, by HTTP and on a port of their own."""
+
+    # Port 0: any free one. Not only this machine: whoever collects them runs elsewhere.
+    listen: OptionalListen = ADMIN_OFF
+    # Names of models that are not configured and yet have series of their own, the first that
+    # upstreams answered for; all others are one series.
+    model_names: Annotated[int, _whole(0, 10_000)] = 100
 
 
 class Retries(Struct, frozen=True, kw_only=True):
@@ -606,6 +627,7 @@ class Config(Struct, frozen=True, kw_only=True):
     retries: Retries = Retries()
     admin: Admin = Admin()
     status_page: StatusPage = StatusPage()
+    metrics: Metrics = Metrics()
     # Between two looks at each file of keys, seconds. A change is taken once two looks in a row
     # have found the same.
     key_file_interval: Annotated[float, _duration("10ms", "1h")] = 1.0

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
-import os
-import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import resources
-from pathlib import Path
 
 from aiohttp import web
-from aiohttp.typedefs import Handler, Middleware
+from aiohttp.typedefs import Handler
 from google.protobuf.json_format import MessageToJson
 from google.protobuf.message import Message
+
+from tokenwire_service import httplistener
 
 _FILES = {
     "/": ("page.html", "text/html"),
@@ -33,10 +31,6 @@ _HEADERS = {
 }
 
 
-class PageError(Exception):
-    """The listener cannot be opened."""
-
-
 @asynccontextmanager
 async def serving(
     listen: str, status: Callable[[int], Message], logger: logging.Logger
@@ -44,84 +38,16 @@ async def serving(
     """Serves until left; gives the address, with the port that was really bound.
 
     listen: host:port of the loopback interface, or unix:/path. status: what to show, with the
-    seconds from a number on. Raises PageError.
+    seconds from a number on. Raises httplistener.HttpListenError.
     """
-    app = web.Application(middlewares=[_careful(logger)])
+    routes: dict[str, Handler] = {"/status.json": _status(status)}
     for path, (name, kind) in _FILES.items():
         text = resources.files("tokenwire_service.page").joinpath(name).read_text("utf-8")
-        app.router.add_get(path, _file(text, kind))
-    app.router.add_get("/status.json", _status(status))
-    runner = web.AppRunner(app, access_log=None, handle_signals=False)
-    await runner.setup()
-    try:
-        host, _, port = listen.rpartition(":")
-        try:
-            site: web.BaseSite
-            if listen.startswith("unix:"):
-                site = web.SockSite(runner, _own(listen.removeprefix("unix:").removeprefix("//")))
-            else:
-                site = web.TCPSite(runner, host.strip("[]"), int(port), reuse_address=True)
-            await site.start()
-        except OSError as error:
-            raise PageError(
-                f"cannot listen on {listen} (status_page.listen): {error.strerror or error}"
-            ) from None
-        bound = runner.addresses[0]
-        yield listen if isinstance(bound, str) else f"{host}:{bound[1]}"
-    finally:
-        await runner.cleanup()
-
-
-def _own(path: str) -> socket.socket:
-    """A socket there that only the user who runs the gateway may connect to, as the admin port's;
-    one that a gateway before has left makes way. Raises OSError."""
-    if Path(path).is_socket():
-        Path(path).unlink()
-    made = socket.socket(socket.AF_UNIX)
-    umask = os.umask(0o177)
-    try:
-        made.bind(path)
-    except OSError:
-        made.close()
-        raise
-    finally:
-        os.umask(umask)
-    return made
-
-
-def _careful(logger: logging.Logger) -> Middleware:
-    """Refuses what another site's page makes a browser ask, and tells nobody of a defect but the
-    log."""
-
-    @web.middleware
-    async def careful(request: web.Request, handler: Handler) -> web.StreamResponse:
-        try:
-            # A foreign name that was made to point here would let a foreign page read this one.
-            if not _is_local(request.host):
-                raise web.HTTPForbidden(text="this page is for the machine it runs on\n")
-            response = await handler(request)
-        except web.HTTPException as error:
-            error.headers.update(_HEADERS)
-            raise
-        except Exception:
-            logger.exception("defect", extra={"fields": {"where": "status page"}})
-            response = web.Response(status=500, text="the gateway failed; its log tells more\n")
-        response.headers.update(_HEADERS)
-        return response
-
-    return careful
-
-
-def _is_local(host: str) -> bool:
-    """Whether a header `Host` has this machine's own name, or an address."""
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-    if name.lower() == "localhost":
-        return True
-    try:
-        ipaddress.ip_address(name.strip("[]"))
-    except ValueError:
-        return False
-    return True
+        routes[path] = _file(text, kind)
+    async with httplistener.serving(
+        listen, routes, logger, setting="status_page.listen", headers=_HEADERS, local=True
+    ) as address:
+        yield address
 
 
 def _file(text: str, kind: str) -> Handler:

@@ -163,7 +163,7 @@ RETRIES = Retries(backoff=0.01, backoff_cap=0.01, budget=1, budget_floor=1000)
 # which it then waits.
 PLACES: dict[str, tuple[Handler, dict[str, Any], str]] = {
     "an answer": (answer_in_steps, {}, "client._request"),
-    "a backoff": (first_refused(500), {}, "gateway._attempts"),
+    "a backoff": (first_refused(500), {}, "attempts.run"),
     "another key": (first_refused(429, **{"retry-after-ms": "20"}), {"keys": 2}, "client._request"),
     "a wait for the key": (first_refused(429, **{"retry-after-ms": "20"}), {}, "pool.lease"),
     "a queue": (answer_in_steps, {"limits": Limits(in_flight=1)}, "admission._enter"),

@@ -378,8 +378,8 @@ MUTANTS = (
     ),
     Mutant(
         "attempts have a maximum",
-        ">= self._config.retries.max_attempts:",
-        "> self._config.retries.max_attempts:",
+        ">= self._most:",
+        "> self._most:",
         (POLICY, WORLDS),
     ),
     Mutant(

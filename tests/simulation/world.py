@@ -47,10 +47,11 @@ from simulation.vtime import VirtualLoop
 
 from tokenwire.v1 import chat_service_pb2, error_reason_pb2
 from tokenwire_service.admission import Admission, FullError
+from tokenwire_service.attempts import Call
 from tokenwire_service.callers import Tenant
 from tokenwire_service.config import Config, Key, Limits, Model, Retries, Timeouts, Upstream
 from tokenwire_service.errors import GatewayError, UpstreamFault
-from tokenwire_service.gateway import Call, Gateway
+from tokenwire_service.gateway import Gateway
 from tokenwire_service.keyring import KeyRing, Lease, Unavailable
 from tokenwire_service.pool import Pool
 from tokenwire_service.retry import Backoff

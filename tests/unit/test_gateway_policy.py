@@ -15,9 +15,10 @@ from simulation.vtime import run
 
 from tokenwire.v1 import chat_pb2, chat_service_pb2, error_reason_pb2
 from tokenwire_service.admission import Admission
+from tokenwire_service.attempts import Call
 from tokenwire_service.config import Config, Key, Limits, Model, Retries, Timeouts, Upstream
 from tokenwire_service.errors import Fault, GatewayError, UpstreamFault
-from tokenwire_service.gateway import Call, Gateway
+from tokenwire_service.gateway import Gateway
 from tokenwire_service.keyring import KeyRing, Lease, Unavailable
 from tokenwire_service.layouts import estimate, so_far
 from tokenwire_service.pool import Pool

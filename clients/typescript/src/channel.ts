@@ -14,7 +14,7 @@ export type Token = string | (() => string | Promise<string>);
 
 /** PEM texts, named as in `node:tls`. */
 export interface TlsOptions {
-  /** Authorities to trust instead of the system's. */
+  /** Authorities to trust instead of those that Node.js has. */
   ca?: string | Uint8Array;
   /** The client's own certificate chain, for mutual TLS; with `key`. */
   cert?: string | Uint8Array;
@@ -22,7 +22,7 @@ export interface TlsOptions {
   key?: string | Uint8Array;
 }
 
-/** True: the system's authorities. False: plaintext. Credentials of grpc-js pass through. */
+/** True: the authorities that Node.js has. False: plaintext. Credentials of grpc-js pass through. */
 export type Tls = boolean | TlsOptions | grpc.ChannelCredentials;
 
 /** How to connect; see {@link Tokenwire}. */

@@ -220,13 +220,18 @@ abstract class OneLoop<M, Item> implements AsyncIterable<Item>, AsyncDisposable 
   readonly #opening: Promise<Reader<M>>;
   /** The call's `x-request-id`. */
   readonly requestId: string;
+  #reader: Reader<M> | undefined;
   #taken = false;
 
   constructor(opening: Promise<Reader<M>>, requestId: string) {
     this.#opening = opening;
     this.requestId = requestId;
-    // Whoever reads gets the failure; nobody reading is no unhandled rejection.
-    opening.catch(() => {});
+    opening.then(
+      (reader) => {
+        this.#reader = reader;
+      },
+      () => {}, // Whoever reads gets the failure; nobody reading is no unhandled rejection.
+    );
   }
 
   /** Reads the stream: once. Leaving the loop cancels the call, and so the upstream. */
@@ -236,8 +241,12 @@ abstract class OneLoop<M, Item> implements AsyncIterable<Item>, AsyncDisposable 
     return this.leavable(this.#read());
   }
 
-  /** Ends the call, at the gateway and at the upstream; a loop that waits throws CANCELLED. */
+  /** Ends the call, at the gateway and at the upstream; its loop throws CANCELLED when it goes on. */
   cancel(): void {
+    if (this.#reader !== undefined) {
+      this.#reader.cancel();
+      return;
+    }
     this.#opening.then(
       (reader) => reader.cancel(),
       () => {},

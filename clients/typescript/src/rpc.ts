@@ -89,8 +89,9 @@ export class Transport {
       metadata,
       options,
     );
-    const release = this.#watched(rpc, call.signal);
-    return new Reader(rpc, release, (error) => failed(call, error));
+    const reader = new Reader(rpc, (error) => failed(call, error));
+    reader.release = this.#watched(reader, call.signal);
+    return reader;
   }
 
   /** Cancels what runs and closes the connection. */
@@ -167,7 +168,7 @@ interface Prepared {
   options: grpc.CallOptions;
 }
 
-function failed(call: Call<DescMessage, DescMessage>, error: grpc.ServiceError): TokenwireError {
+function failed(call: Call<DescMessage, DescMessage>, error: Failed): TokenwireError {
   if (error.code === grpc.status.CANCELLED && call.signal?.aborted) {
     return aborted(call, call.signal);
   }
@@ -186,9 +187,9 @@ interface Arrived<M> {
   weight: number;
 }
 
-// What an answer that is read slowly may weigh here before the gateway is made to wait: some
-// thousand deltas, at 256 bytes for each besides its own.
-const BUFFER = 1024 * 1024;
+// What an answer that is read slowly may weigh here before the gateway is made to wait: tens of
+// thousands of deltas, at 256 bytes for each besides its own, which is more than answers have.
+const BUFFER = 8 * 1024 * 1024;
 const PER_MESSAGE = 256;
 
 /**
@@ -196,33 +197,36 @@ const PER_MESSAGE = 256;
  *
  * Not the async iterator of the stream itself. grpc-js tells a failure at once, and throws away
  * what had arrived and was not read: so this reads ahead. Yet not without end: a caller that reads
- * nothing must be felt by the gateway.
+ * nothing must be felt by the gateway. Whoever is farther behind than `BUFFER` when the stream
+ * fails loses what was on the way to it, some 64 KiB at most; grpc-js has no way to read those.
  */
 export class Reader<M> {
+  /** What to do once it is over; called at least once. */
+  release: () => void = () => {};
   readonly #rpc: grpc.ClientReadableStream<Arrived<M>>;
-  readonly #failed: (error: grpc.ServiceError) => TokenwireError;
-  readonly #ahead: Arrived<M>[] = [];
+  readonly #failed: (error: Failed) => TokenwireError;
+  #ahead: Arrived<M>[] = [];
   #weight = 0;
-  #failure: grpc.ServiceError | undefined;
+  #failure: Failed | undefined;
   #ended = false;
+  #left = false;
   #wake: () => void = () => {};
 
   constructor(
     rpc: grpc.ClientReadableStream<Arrived<M>>,
-    release: () => void,
-    failed: (error: grpc.ServiceError) => TokenwireError,
+    failed: (error: Failed) => TokenwireError,
   ) {
     this.#rpc = rpc;
     this.#failed = failed;
     rpc.on("readable", () => this.#readAhead());
     rpc.on("end", () => {
       this.#ended = true;
-      release();
+      this.release();
       this.#wake();
     });
     rpc.on("error", (error: Error) => {
-      this.#failure = error as grpc.ServiceError;
-      release();
+      this.#failure ??= error as grpc.ServiceError;
+      this.release();
       this.#wake();
     });
   }
@@ -230,7 +234,7 @@ export class Reader<M> {
   /** The next message; undefined after the last; rejects with TokenwireError. */
   async next(): Promise<M | undefined> {
     for (;;) {
-      const arrived = this.#ahead.shift() ?? this.#read();
+      const arrived = this.#left ? undefined : (this.#ahead.shift() ?? this.#read());
       if (arrived !== undefined) {
         this.#weight -= arrived.weight;
         this.#readAhead();
@@ -244,13 +248,19 @@ export class Reader<M> {
     }
   }
 
-  /** Ends the call, here and at the gateway. */
+  /** Ends the call, here and at the gateway; who has left gets nothing of what had arrived. */
   cancel(): void {
+    this.#left = true;
+    this.#ahead = [];
+    // grpc-js tells no end of a call that was whole already while some of it is unread.
+    this.#failure = CANCELLED;
     this.#rpc.cancel();
+    this.release();
+    this.#wake();
   }
 
   #readAhead(): void {
-    while (this.#weight < BUFFER) {
+    while (!this.#left && this.#weight < BUFFER) {
       const arrived = this.#read();
       if (arrived === undefined) break;
       this.#ahead.push(arrived);
@@ -265,3 +275,12 @@ export class Reader<M> {
     return arrived;
   }
 }
+
+/** The status a call ended with. */
+type Failed = Pick<grpc.ServiceError, "code" | "details" | "metadata">;
+
+const CANCELLED: Failed = Object.freeze({
+  code: grpc.status.CANCELLED,
+  details: "the caller left the stream",
+  metadata: new grpc.Metadata(),
+});

@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { createServer, type ServerHttp2Session } from "node:http2";
 import type { AddressInfo } from "node:net";
 import { type TestContext, test } from "node:test";
-import { type Message, Tokenwire } from "tokenwire";
+import { type ChatStream, type Message, Tokenwire } from "tokenwire";
 import { FakeGateway, heartbeat, toolCall } from "tokenwire/testing";
 import {
   BatchChatRequestSchema,
@@ -162,6 +162,55 @@ test("an interrupted stream: every delta before the error, then the error", asyn
   assert.equal(error.partialText, deltas.join(""));
   assert.equal(error.attempts, 2);
   assert.equal(stream.isComplete, false);
+});
+
+test("a reader that is far behind gets all that came before the error", async (t) => {
+  const { gateway, client } = await pair(t);
+  const deltas = Array.from({ length: 48 }, (_, i) => String(i).padEnd(64 * 1024, "."));
+  gateway.fail("UPSTREAM_STREAM_INTERRUPTED", { after: deltas });
+  const stream = client.stream("x", { model });
+  let read = 0;
+  const error = await failure(
+    (async () => {
+      for await (const text of stream.textDeltas()) {
+        assert.equal(text, deltas[read]);
+        read += 1;
+        await new Promise((resolve) => setTimeout(resolve, 10));
+      }
+    })(),
+  );
+  assert.equal(read, deltas.length);
+  assert.equal(error.reason, "UPSTREAM_STREAM_INTERRUPTED");
+  assert.equal(error.partialText.length, 48 * 64 * 1024);
+});
+
+test("who leaves a stream gets nothing more of it, though it be there", async (t) => {
+  const { gateway, client } = await pair(t);
+  const leave: [string, (stream: ChatStream, controller: AbortController) => void][] = [
+    ["cancel", (stream) => stream.cancel()],
+    ["abort", (_, controller) => controller.abort("enough")],
+    ["close", () => client.close()],
+  ];
+  for (const whole of [true, false]) gateway[whole ? "reply" : "hang"]("one", "two", "three");
+  gateway.hang("one", "two", "three");
+  for (const [kind, act] of leave) {
+    const controller = new AbortController();
+    const stream = client.stream("x", { model, signal: controller.signal });
+    const seen: string[] = [];
+    const error = await failure(
+      (async () => {
+        for await (const text of stream.textDeltas()) {
+          seen.push(text);
+          await new Promise((resolve) => setTimeout(resolve, 100)); // the others arrive
+          act(stream, controller);
+        }
+      })(),
+    );
+    assert.deepEqual([kind, seen, error.code], [kind, ["one"], "CANCELLED"]);
+    assert.equal(error.cause, kind === "abort" ? "enough" : undefined);
+    assert.equal(error.partialText, "one");
+    assert.equal(stream.text, "one");
+  }
 });
 
 for (const [how, leave] of [

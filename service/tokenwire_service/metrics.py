@@ -1,0 +1,424 @@
+"""The gateway in Prometheus' terms: events are counted as they come, state is read at each scrape.
+
+Labels are bounded. Callers, upstreams and keys are those of the configuration; a model's name that
+is not configured becomes a label only once an upstream has answered for it, and only so many do:
+callers may invent names for ever. docs/metrics.md lists every metric.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from bisect import bisect_left
+from collections import Counter as Tally
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import choose_encoder
+
+from tokenwire_service import __version__
+from tokenwire_service.config import Config
+from tokenwire_service.counters import Counters
+from tokenwire_service.gateway import Gateway
+from tokenwire_service.keyfiles import KeyFiles
+from tokenwire_service.pool import Pool
+from tokenwire_service.secret import Scrubber
+from tokenwire_service.snapshot import RingView, State
+from tokenwire_service.telemetry import ABANDONED, AttemptEvent, CallEvent
+
+OTHER = "other"  # the label of every model's name that has earned none of its own
+_OK = "ok"  # the outcome of an attempt that was answered
+
+# Upper bounds in seconds: those that OpenTelemetry's conventions for gen_ai advise, and longer
+# ones, as models that think take.
+_DURATIONS = (
+    0.01,
+    0.02,
+    0.04,
+    0.08,
+    0.16,
+    0.32,
+    0.64,
+    1.28,
+    2.56,
+    5.12,
+    10.24,
+    20.48,
+    40.96,
+    81.92,
+)
+_LONG = (*_DURATIONS, 163.84, 327.68, 655.36)
+_FIRST = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_GAPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 10)
+_WAITS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+# Of these methods one RPC is one chat, so that its times are those of one answer.
+_CHATS = frozenset({"tokenwire.v1.ChatService/Chat", "tokenwire.v1.ChatService/StreamChat"})
+
+
+class _Names:
+    """Which names may be the label of a series."""
+
+    def __init__(self, known: Iterable[str], most: int, scrub: Scrubber) -> None:
+        self._known = set(known)
+        self._room = most
+        self._scrub = scrub
+
+    def label(self, name: str, *, answered: bool) -> str:
+        """The name itself if it is configured, or among the first that an upstream has answered
+        for; empty for none."""
+        if not name or name in self._known:
+            return name
+        if not answered or self._room <= 0 or self._scrub(name) != name:
+            return OTHER
+        self._room -= 1
+        self._known.add(name)
+        return name
+
+
+class Observed:
+    """An observer that counts what happens. What it costs is per attempt and per call; of streams
+    while they run only `relayed`."""
+
+    def __init__(self, config: Config, scrub: Scrubber) -> None:
+        # Seconds of creation, a second series beside each: of no use to who takes rates.
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        most = config.metrics.model_names
+        asked = (name for model in config.models for name in (model.name, *model.aliases))
+        self._asked = _Names(asked, most, scrub)
+        self._sent = _Names((model.upstream_model for model in config.models), most, scrub)
+        self.registry = registry = CollectorRegistry()
+        self._rpcs = Counter(
+            "tokenwire_rpcs",
+            "RPCs that have ended.",
+            ("method", "code", "reason", "caller"),
+            registry=registry,
+        )
+        self._rpc_seconds = Histogram(
+            "tokenwire_rpc_duration_seconds",
+            "From the arrival of an RPC to its status.",
+            ("method",),
+            buckets=_LONG,
+            registry=registry,
+        )
+        self._first_token = Histogram(
+            "tokenwire_time_to_first_token_seconds",
+            "From the arrival of a StreamChat to its first text.",
+            ("upstream", "model"),
+            buckets=_FIRST,
+            registry=registry,
+        )
+        self._queue_seconds = Histogram(
+            "tokenwire_queue_wait_seconds",
+            "What a chat waited for slots.",
+            buckets=_WAITS,
+            registry=registry,
+        )
+        self._key_seconds = Histogram(
+            "tokenwire_key_wait_seconds",
+            "What a chat waited for keys.",
+            buckets=_WAITS,
+            registry=registry,
+        )
+        self._backoff_seconds = Counter(
+            "tokenwire_backoff_seconds",
+            "What calls slept between attempts.",
+            registry=registry,
+        )
+        self._caller_tokens = Counter(
+            "tokenwire_caller_tokens",
+            "Tokens of answers, delivered or cut off, by who asked.",
+            ("caller", "type"),
+            registry=registry,
+        )
+        self._attempts = Counter(
+            "tokenwire_attempts",
+            "Requests to upstreams that have ended.",
+            ("upstream", "model", "outcome"),
+            registry=registry,
+        )
+        self._attempt_seconds = Histogram(
+            "tokenwire_attempt_duration_seconds",
+            "From a request sent to an upstream to the end of its answer.",
+            ("upstream",),
+            buckets=_LONG,
+            registry=registry,
+        )
+        self._upstream_first_token = Histogram(
+            "tokenwire_upstream_first_token_seconds",
+            "From a request sent to an upstream to the first text of its stream.",
+            ("upstream", "model"),
+            buckets=_FIRST,
+            registry=registry,
+        )
+        self._retries = Counter(
+            "tokenwire_retries",
+            "Attempts that were not the first of their call, fallbacks included.",
+            ("upstream",),
+            registry=registry,
+        )
+        self._tokens = Counter(
+            "tokenwire_tokens",
+            "Tokens of attempts, as upstreams told them or estimated.",
+            ("upstream", "model", "type"),
+            registry=registry,
+        )
+        self._deltas = 0
+        self._gap_counts = [0] * (len(_GAPS) + 1)
+        self._gap_seconds = 0.0
+        registry.register(self)
+
+    def attempt(self, event: AttemptEvent) -> None:
+        """Counts it."""
+        answered = not event.fault
+        model = self._sent.label(event.model, answered=answered)
+        upstream = event.upstream
+        self._attempts.labels(upstream, model, event.fault or _OK).inc()
+        self._attempt_seconds.labels(upstream).observe(event.seconds)
+        if event.number > 1:
+            self._retries.labels(upstream).inc()
+        if event.first_token_seconds is not None:
+            times = self._upstream_first_token.labels(upstream, model)
+            times.observe(event.first_token_seconds)
+        if event.prompt_tokens:
+            self._tokens.labels(upstream, model, "prompt").inc(event.prompt_tokens)
+        if event.completion_tokens:
+            self._tokens.labels(upstream, model, "completion").inc(event.completion_tokens)
+
+    def call(self, event: CallEvent) -> None:
+        """Counts it."""
+        self._rpcs.labels(event.method, event.code, event.reason, event.caller).inc()
+        self._rpc_seconds.labels(event.method).observe(event.seconds)
+        if event.method in _CHATS:
+            self._queue_seconds.observe(event.queue_seconds)
+            self._key_seconds.observe(event.key_seconds)
+        self._backoff_seconds.inc(event.backoff_seconds)
+        if event.first_token_seconds is not None:
+            model = self._asked.label(event.model, answered=event.code == "OK")
+            self._first_token.labels(event.upstream, model).observe(event.first_token_seconds)
+        if event.prompt_tokens:
+            self._caller_tokens.labels(event.caller, "prompt").inc(event.prompt_tokens)
+        if event.completion_tokens:
+            self._caller_tokens.labels(event.caller, "completion").inc(event.completion_tokens)
+
+    def relayed(self, deltas: int, gap: float | None) -> None:
+        """A stream has sent so many deltas at once, `gap` seconds after those before; None for its
+        first. On the path of every token: no lock, no name, nothing made."""
+        self._deltas += deltas
+        if gap is not None:
+            self._gap_counts[bisect_left(_GAPS, gap)] += 1
+            self._gap_seconds += gap
+
+    def collect(self) -> Iterator[Metric]:
+        """What `relayed` counts."""
+        deltas = CounterMetricFamily(
+            "tokenwire_deltas", "Pieces of answers that streams have sent.", value=self._deltas
+        )
+        bounds = (*map(str, map(float, _GAPS)), "+Inf")
+        counts = accumulate(self._gap_counts)
+        gaps = HistogramMetricFamily(
+            "tokenwire_inter_token_gap_seconds",
+            "Between a delta of a stream and the next one.",
+            list(zip(bounds, counts, strict=True)),
+            self._gap_seconds,
+        )
+        yield from (deltas, gaps)
+
+
+class ConfigState(Protocol):
+    """Which configuration is in force."""
+
+    @property
+    def generation(self) -> int:
+        """1 for that of the start; one more with each that was taken."""
+
+    @property
+    def failures(self) -> int:
+        """How many were not taken since the start."""
+
+
+@dataclass(frozen=True)
+class FirstConfig:
+    """That of the start, for ever."""
+
+    generation: int = 1
+    failures: int = 0
+
+
+class Standing:
+    """A collector: how the gateway stands at the moment of a scrape. Read in the event loop and
+    without an await, so that what it tells belongs together. `now`: monotonic seconds."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        config: Config,
+        pools: Mapping[str, Pool],
+        counters: Counters,
+        files: KeyFiles,
+        revision: ConfigState,
+        *,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._gateway = gateway
+        self._config = config
+        self._pools = pools
+        self._counters = counters
+        self._files = files
+        self._revision = revision
+        self._now = now
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family."""
+        yield from self._whole()
+        now = self._now()
+        rings = {name: pool.ring.snapshot(now) for name, pool in self._pools.items()}
+        yield from self._upstreams(rings)
+        yield from self._keys(rings, now)
+
+    def _whole(self) -> Iterator[Metric]:
+        gateway = self._gateway
+        yield InfoMetricFamily(
+            "tokenwire_build", "The gateway's version.", {"version": __version__}
+        )
+        for name, told, value in (
+            ("in_flight_calls", "Slots in use: chats, streams until their end.", gateway.in_flight),
+            ("slots", "Chats that may run at once.", self._config.limits.in_flight),
+            ("queued_calls", "Chats that wait for a slot of the gateway.", gateway.waiting),
+            ("retry_budget", "Retries that may be made now.", gateway.retry_budget),
+            ("draining", "1 while new calls are refused, for good.", gateway.draining),
+            (
+                "key_files_unusable",
+                "Files of keys with a problem; their last good keys are in force.",
+                sum(bool(file.problem) for file in self._files.states),
+            ),
+            ("config_generation", "Which configuration is in force.", self._revision.generation),
+        ):
+            yield GaugeMetricFamily(f"tokenwire_{name}", told, value=value)
+        yield CounterMetricFamily(
+            "tokenwire_config_reload_failures",
+            "Configurations that were not taken.",
+            value=self._revision.failures,
+        )
+
+    def _upstreams(self, rings: Mapping[str, RingView]) -> Iterator[Metric]:
+        drops = CounterMetricFamily(
+            "tokenwire_drops",
+            "Calls refused for want of a slot and of a place in the queue.",
+            labels=("queue", "upstream"),
+        )
+        drops.add_metric(("gateway", ""), self._gateway.dropped)
+        for name, pool in self._pools.items():
+            drops.add_metric(("upstream", name), pool.bulkhead.dropped)
+        yield drops
+        for name, told, read in _OF_UPSTREAMS:
+            family = GaugeMetricFamily(f"tokenwire_{name}", told, labels=("upstream",))
+            for upstream, pool in self._pools.items():
+                family.add_metric((upstream,), read(pool))
+            yield family
+        closures = GaugeMetricFamily(
+            "tokenwire_closures",
+            "What is closed: each key for itself or with its group, or an upstream as a whole.",
+            labels=("upstream", "scope", "state", "fault"),
+        )
+        for upstream, ring in rings.items():
+            found = Tally(
+                (each.scope.value, each.state.value, each.fault.value if each.fault else "")
+                for each in (*ring.closures, *(c for key in ring.keys for c in key.closures))
+            )
+            for labels, count in sorted(found.items()):
+                closures.add_metric((upstream, *labels), count)
+        yield closures
+
+    def _keys(self, rings: Mapping[str, RingView], now: float) -> Iterator[Metric]:
+        number = GaugeMetricFamily(
+            "tokenwire_keys", "Keys, by what they can do now.", labels=("upstream", "state")
+        )
+        state = GaugeMetricFamily(
+            "tokenwire_key_state",
+            "1 for the state in which a key is, 0 for the others.",
+            labels=("upstream", "key", "state"),
+        )
+        in_flight = GaugeMetricFamily(
+            "tokenwire_key_in_flight_requests",
+            "Requests with a key now.",
+            labels=("upstream", "key"),
+        )
+        opens = GaugeMetricFamily(
+            "tokenwire_key_opens_seconds",
+            "Until a key that is closed for all models opens: 0 if it is open, +Inf if never.",
+            labels=("upstream", "key"),
+        )
+        attempts = CounterMetricFamily(
+            "tokenwire_key_attempts",
+            "Requests with a key that have ended.",
+            labels=("upstream", "key", "outcome"),
+        )
+        tokens = CounterMetricFamily(
+            "tokenwire_key_tokens",
+            "Tokens of these requests.",
+            labels=("upstream", "key", "type"),
+        )
+        for upstream, ring in rings.items():
+            states = Tally(key.state for key in ring.keys)
+            for each in State:
+                number.add_metric((upstream, each.value), states[each])
+            for key in ring.keys:
+                labels = (upstream, key.id)
+                for each in State:
+                    state.add_metric((*labels, each.value), key.state is each)
+                in_flight.add_metric(labels, key.in_flight)
+                closed = (c.until for c in (*key.closures, *ring.closures) if c.model is None)
+                opens.add_metric(labels, max(0.0, max(closed, default=-math.inf) - now))
+                count = self._counters.key(upstream, key.id)
+                attempts.add_metric((*labels, _OK), count.successes)
+                attempts.add_metric((*labels, ABANDONED), count.abandoned)
+                for fault, times in sorted(count.faults.items()):
+                    attempts.add_metric((*labels, fault), times)
+                tokens.add_metric((*labels, "prompt"), count.prompt_tokens)
+                tokens.add_metric((*labels, "completion"), count.completion_tokens)
+        yield from (number, state, in_flight, opens, attempts, tokens)
+
+
+_OF_UPSTREAMS: tuple[tuple[str, str, Callable[[Pool], float]], ...] = (
+    (
+        "upstream_in_flight_calls",
+        "Slots of an upstream in use.",
+        lambda pool: pool.bulkhead.in_flight,
+    ),
+    ("upstream_slots", "Chats that may run at once there.", lambda pool: pool.bulkhead.slots),
+    (
+        "upstream_queued_calls",
+        "Chats that wait for a slot of an upstream.",
+        lambda pool: pool.bulkhead.waiting,
+    ),
+    ("key_waiting_calls", "Chats that wait for a key of an upstream.", lambda pool: pool.waiting),
+    (
+        "keys_generation",
+        "How often the keys of an upstream were set.",
+        lambda pool: pool.ring.generation,
+    ),
+)
+
+
+def exposition(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
+    """The page that Prometheus reads, and its content type: as text, or in OpenMetrics where the
+    header `accept` asks for it."""
+    encode, kind = choose_encoder(accept)
+    return encode(registry), kind
+
+
+def watch_process(registry: CollectorRegistry) -> None:
+    """Adds what the system tells of this process: memory, processor time, open files, start."""
+    ProcessCollector(registry=registry)
