@@ -51,7 +51,7 @@ class Admission:
 
     async def enter(self, deadline: float) -> float:
         """Waits for a slot; when it came."""
-        await self._turn(deadline)
+        await self._enter(deadline)
         return self._now()
 
     def leave(self, began: float) -> None:
@@ -60,7 +60,7 @@ class Admission:
         self._average += (took - self._average) * (_SMOOTHING if self._average else 1.0)
         self._leave()
 
-    async def _turn(self, deadline: float) -> None:
+    async def _enter(self, deadline: float) -> None:
         if self._in_flight < self.slots and not self._waiting:
             self._in_flight += 1
             return

@@ -63,8 +63,8 @@ class _Sink(Protocol):
     async def tick(self) -> None:
         """Called at `wake_at`."""
 
-    async def send(self, events: Sequence[StreamChatResponse]) -> None:
-        """What arrived, without the end."""
+    async def send(self, events: Sequence[StreamChatResponse], pieces: int = 1) -> None:
+        """What arrived, without the end; of how many pieces of the upstream's."""
 
     async def finish(self, events: Sequence[StreamChatResponse]) -> None:
         """The finishes and the trailer, after everything else."""
@@ -83,7 +83,7 @@ class _Gathered:
     async def tick(self) -> None:
         """Nothing is sent before the end."""
 
-    async def send(self, events: Sequence[StreamChatResponse]) -> None:
+    async def send(self, events: Sequence[StreamChatResponse], pieces: int = 1) -> None:
         """Keeps them. Raises UpstreamFault if they are too many."""
         self.delivered_bytes += sum(text_bytes(e.delta) for e in events if e.HasField("delta"))
         self.fold.add(events)
@@ -218,6 +218,7 @@ class Gateway:
                     await outbox.fail(error)
             raise
         finally:
+            outbox.close()
             call.first_token_at = outbox.first_delta_at
             if outbox.committed:
                 call.usage = call.usage or estimate(call.chat, outbox.delivered_bytes)
@@ -249,7 +250,7 @@ class Gateway:
                         # What waits on a probe waits no more.
                         self._attempts.accepted(attempt)
                         plan.pool.look()
-                    await sink.send(stops.apply(events))
+                    await sink.send(stops.apply(events), answer.pieces)
                 tail = answer.finish()
                 complete = True
                 if tail[0].WhichOneof("event") == "header":

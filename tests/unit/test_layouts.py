@@ -11,7 +11,6 @@ from harness import request
 from tokenwire.v1 import chat_pb2, chat_service_pb2
 from tokenwire_service import layouts
 from tokenwire_service.layouts import (
-    is_proven,
     CHATML,
     GPT5,
     HARMONY,
@@ -19,6 +18,7 @@ from tokenwire_service.layouts import (
     UNKNOWN,
     Layout,
     as_written,
+    is_proven,
     lay,
 )
 

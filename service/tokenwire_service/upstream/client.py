@@ -27,7 +27,7 @@ from tokenwire.v1 import chat_pb2, chat_service_pb2, model_service_pb2
 from tokenwire_service.config import Limits, Upstream
 from tokenwire_service.errors import TIMER, Fault, UpstreamFault
 from tokenwire_service.keyring import Lease
-from tokenwire_service.timer import TURN, Within
+from tokenwire_service.timer import TURN, Alarm, Within
 from tokenwire_service.upstream import sse
 from tokenwire_service.upstream.dialect import Dialect, Encoded, Route, StreamDecoder
 
@@ -69,7 +69,10 @@ class _Connector(aiohttp.TCPConnector):
         self._served: weakref.WeakSet[Any] = weakref.WeakSet()
 
     async def connect(
-        self, req: aiohttp.ClientRequest, traces: Any, timeout: aiohttp.ClientTimeout
+        self,
+        req: aiohttp.ClientRequest,
+        traces: Any,
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109  # the base's
     ) -> Any:
         """As the base's."""
         connection = await super().connect(req, traces, timeout)
@@ -146,8 +149,11 @@ class UpstreamClient:
                 self._now,
                 early,
             )
-            yield answer
-            await answer.drain()
+            try:
+                yield answer
+                await answer.drain()
+            finally:
+                answer.close()
 
     @asynccontextmanager
     async def _request(
@@ -363,6 +369,8 @@ class Answer:
         self._idle = idle
         self._silent_at = text_until  # when silence becomes a fault
         self._begun = False  # a first piece of text has come: a role alone may come for ever
+        self._alarm = Alarm(now)
+        self.pieces = 0  # of text and calls in what was read last, as the upstream sent them
         self._fault: UpstreamFault | None = None  # met behind events that were still good
 
     @property
@@ -374,29 +382,23 @@ class Answer:
         """What arrives next: None at the end, an empty list at `wake_at` if nothing did."""
         if self._fault is not None:
             raise self._fault
-        more = 0.0  # seconds for a last look, once the time is over
+        self.pieces = 0
         while not self._decoder.done:
-            now = self._now()
-            silent_at = self._silent_at + more
-            until = min(silent_at, wake_at)
+            silent_at = self._silent_at
+            until, patience = (wake_at, 0.0) if wake_at < silent_at else (silent_at, TURN)
             try:
                 chunk, self._early = self._early, b""
                 if not chunk:
-                    async with asyncio.timeout(max(0.0, until - now)):
+                    with self._alarm.until(until, patience):
                         chunk = await self._response.content.read(_READ_BYTES)
             except TimeoutError:
-                # Not by the clock: a loop's timers may run a moment early.
-                if until == silent_at:
-                    if not more:  # as timer.Within; but what is awaited here can be begun again
-                        more = TURN
-                        continue
+                if patience:
                     what = f"silent for {self._idle:g} s" if self._begun else "no text in time"
                     timer = "idle" if self._begun else "first_byte"
                     raise UpstreamFault(Fault.TIMEOUT, what, facts={TIMER: timer}) from None
                 return []
             if not chunk:
                 break
-            more = 0.0
             try:
                 events = self._events.feed(chunk)
             except sse.EventTooLarge as error:
@@ -404,8 +406,7 @@ class Answer:
                 self._fault = UpstreamFault(Fault.PROTOCOL, str(error))
             decoded: list[chat_service_pb2.StreamChatResponse] = []
             try:
-                for event in events:
-                    decoded += self._decoder.feed(event)
+                self.pieces += self._decoder.feed_all(events, decoded)
             except UpstreamFault as fault:
                 self._fault = fault
             self._begun = self._begun or any(each.HasField("delta") for each in decoded)
@@ -423,6 +424,10 @@ class Answer:
                     Fault.PROTOCOL, f"more than {self._limit} bytes without any text"
                 )
         return None
+
+    def close(self) -> None:
+        """No more is read."""
+        self._alarm.close()
 
     def finish(self) -> list[chat_service_pb2.StreamChatResponse]:
         """The finishes and the trailer. Raises UpstreamFault without proof of completion."""
