@@ -162,6 +162,8 @@ class Outbox:
             with self._alarm.until(self._now() + self._write_timeout):
                 await self._write(message)
         except TimeoutError:
+            if not self._alarm.expired:
+                raise
             raise GatewayError(
                 error_reason_pb2.ERROR_REASON_CALLER_STALLED,
                 f"the caller read nothing for {self._write_timeout:g} s",
