@@ -53,6 +53,7 @@ lock: $(BIN)/.complete ## Resolve the newest versions into the hash-pinned requi
 	$$compile service/requirements.in -o service/requirements.txt; \
 	$$compile tests/requirements.in -c service/requirements.txt -o tests/requirements.txt; \
 	$$compile tests/wire/requirements.in -o tests/wire/requirements.txt; \
+	$$compile deploy/requirements.in -o deploy/requirements.txt; \
 	for server in $(SERVERS); do $$compile tests/servers/$$server.in -o tests/servers/$$server.txt; done
 
 # An upstream written by others: see tests/aimock. CI must test against it; a developer's
@@ -93,9 +94,66 @@ setup-page: ## Install Chromium, which the tests of the status page look through
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium fonts-dejavu-core >/dev/null; } \
 		$(call missing,Chromium cannot be installed)
 
+# Prometheus and its promtool for tests/monitoring. Debian's package, which only root installs.
+.PHONY: setup-monitoring
+setup-monitoring: ## Install Prometheus, which reads a gateway in the tests of deploy/monitoring
+	@command -v promtool >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends prometheus >/dev/null; } \
+		$(call missing,Prometheus cannot be installed)
+
 .PHONY: screenshots
 screenshots: $(BIN)/.complete ## Draw the pictures of the status page in docs/images anew
 	@TOKENWIRE_SCREENSHOTS=$(CURDIR)/docs/images CI=1 $(BIN)/pytest tests/page -k picture
+
+# What renders, validates and lints the things below deploy/, and counts what is in the image: see
+# deploy/requirements.in.
+DEPLOY := build/deploy
+DBIN := $(DEPLOY)/venv/bin
+
+.PHONY: setup-deploy
+setup-deploy: $(DEPLOY)/.complete $(DEPLOY)/bin/.complete ## Install Helm, the linters and validators of deploy/ into build/deploy
+
+$(DEPLOY)/.complete: deploy/requirements.txt
+	@echo "Installing what checks deploy/ into $(DEPLOY)..."
+	@(test -x $(DBIN)/python || $(PYTHON) -m venv $(DEPLOY)/venv) && $(DBIN)/$(PIP_INSTALL) deploy/requirements.txt && touch $@ \
+		$(call missing,what checks deploy/ cannot be installed)
+
+$(DEPLOY)/bin/.complete: deploy/tools/go.mod deploy/tools/go.sum
+	@echo "Building kube-score into $(@D) (once; a minute)..."
+	@(cd deploy/tools && GOBIN="$(CURDIR)/$(@D)" GOFLAGS="-mod=readonly -buildvcs=false" nice go install -p 2 -ldflags="-s -w" tool && touch "$(CURDIR)/$@") \
+		$(call missing,go cannot build the programs of deploy/tools)
+
+.PHONY: manifests
+manifests: $(DEPLOY)/.complete ## Write deploy/kustomize/base from the chart
+	@$(DBIN)/python deploy/manifests.py deploy/kustomize/base
+
+SBOM := build/sbom.cdx.json
+
+.PHONY: sbom
+sbom: $(DEPLOY)/.complete ## List what the gateway is made of, as CycloneDX, into build/sbom.cdx.json
+	@$(DBIN)/cyclonedx-py requirements --output-reproducible --output-file $(SBOM) service/requirements.txt
+
+# Builds and runs the image without a Docker engine, as root. Its base is this machine's Python, for no
+# registry of images need be there; a developer with Docker just runs `docker build`.
+.PHONY: setup-image
+setup-image: build/image/.complete ## Install buildah and podman (Debian, root), and a base image for tests/deploy
+
+ENGINE_PACKAGES := buildah podman runc catatonit netavark uidmap
+IMAGE_STORE := --root $(CURDIR)/build/image/store --runroot $(CURDIR)/build/image/run
+
+build/image/.complete: service/requirements.txt tests/deploy/base_image.py deploy/image/assemble.py $(BIN)/.complete
+	@echo "Making a base image in $(@D)..."
+	@mkdir -p $(@D)
+	@($(MAKE) --silent install-engine && \
+		$(BIN)/pip download --quiet --disable-pip-version-check --require-hashes --no-deps -r $< -d $(@D)/wheels && \
+		$(BIN)/python tests/deploy/base_image.py $(@D)/wheels $(@D)/base.tar && \
+		podman $(IMAGE_STORE) import --quiet $(@D)/base.tar localhost/tokenwire-base >/dev/null 2>&1 && \
+		rm $(@D)/base.tar && touch $@) $(call missing,images cannot be built here)
+
+.PHONY: install-engine
+install-engine:
+	@for package in $(ENGINE_PACKAGES); do dpkg --status $$package >/dev/null 2>&1 || missing=yes; done; \
+	if [ -n "$${missing:-}" ]; then apt-get update -qq -o DPkg::Lock::Timeout=300; \
+	apt-get install -qq -y --no-install-recommends -o DPkg::Lock::Timeout=300 $(ENGINE_PACKAGES) >/dev/null; fi
 
 # Upstreams written by others, each apart: see tests/servers. CI tests against LiteLLM; the other two
 # are too heavy for it: gigabytes of torch, a quarter of an hour of C++.
@@ -185,7 +243,7 @@ check: $(BIN)/.complete $(CONTRACT)/.complete check-contract ## Everything CI ch
 BESIDE := --numprocesses 3 --dist worksteal
 
 .PHONY: test
-test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete $(if $(CI),setup-wire setup-page setup-bench build/servers/litellm/.complete) ## Run every test (ARGS="-k name" narrows)
+test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete $(if $(CI),setup-wire setup-page setup-monitoring setup-deploy setup-image setup-bench build/servers/litellm/.complete) ## Run every test (ARGS="-k name" narrows)
 	$(BIN)/pytest $(or $(ARGS),$(BESIDE) --ignore tests/simulation)
 	$(if $(ARGS),,$(BIN)/pytest tests/simulation)
 	@$(if $(ARGS),,$(call in-clients,test))

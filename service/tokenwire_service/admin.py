@@ -14,7 +14,6 @@ from google.protobuf.duration_pb2 import Duration
 
 from tokenwire.admin.v1 import admin_service_pb2
 from tokenwire_service import __version__
-from tokenwire_service.config import Config
 from tokenwire_service.counters import Counters, KeyCount
 from tokenwire_service.gateway import Gateway
 from tokenwire_service.keyfiles import KeyFiles
@@ -44,7 +43,6 @@ class AdminServicer:
     def __init__(
         self,
         gateway: Gateway,
-        config: Config,
         pools: Mapping[str, Pool],
         counters: Counters,
         recent: Recent,
@@ -56,7 +54,6 @@ class AdminServicer:
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
         self._gateway = gateway
-        self._config = config
         self._pools = pools
         self._counters = counters
         self._recent = recent
@@ -133,14 +130,14 @@ class AdminServicer:
         )
 
     def _listing(self, now: float) -> admin_service_pb2.ListKeysResponse:
-        gateway, limits = self._gateway, self._config.limits
+        gateway = self._gateway
         return admin_service_pb2.ListKeysResponse(
             gateway=admin_service_pb2.Gateway(
                 version=self._version,
                 uptime=_duration(now - self._started),
                 in_flight=gateway.in_flight,
                 queued=gateway.waiting,
-                slots=limits.in_flight,
+                slots=gateway.slots,
                 retry_budget=gateway.retry_budget,
                 draining=gateway.draining,
                 calls=[

@@ -79,14 +79,23 @@ class Admission:
                 self._waiting.remove(turn)
             raise
 
+    def resize(self, slots: int, queue: int) -> None:
+        """Other bounds from now on. Nobody loses a slot or a place in the queue: where there are
+        fewer, those that end free none until the rest fits."""
+        self.slots, self._queue = slots, queue
+        self._hand_out()
+
     def _leave(self) -> None:
-        """Hands the slot to the next in the queue, or frees it."""
-        while self._waiting:
+        """Frees a slot, which the next in the queue may have."""
+        self._in_flight -= 1
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        while self._waiting and self._in_flight < self.slots:
             turn = self._waiting.popleft()
             if not turn.done():
+                self._in_flight += 1
                 turn.set_result(None)
-                return
-        self._in_flight -= 1
 
 
 class Slot:

@@ -37,7 +37,7 @@ from tokenwire_service.relay import Outbox
 from tokenwire_service.retry import Backoff, RetryBudget
 from tokenwire_service.secret import Scrubber, Secret
 from tokenwire_service.telemetry import ABANDONED, AttemptEvent, Observer
-from tokenwire_service.upstream.client import Progress
+from tokenwire_service.upstream.client import Progress, UpstreamClient
 from tokenwire_service.upstream.dialect import Encoded, Route
 from tokenwire_service.wording import SAYINGS, printable, proto_path, said
 
@@ -73,10 +73,12 @@ class Call:
 
 @dataclass
 class Plan:
-    """One way to answer a call: a route, its pool, and the request as that upstream wants it."""
+    """One way to answer a call: a route, its pool, the client as it was configured when the call
+    began, and the request as that upstream wants it."""
 
     route: Route
     pool: Pool
+    client: UpstreamClient
     encoded: Encoded
     streams: bool = False  # whether the upstream is asked for a stream, whatever the caller gets
     patient: bool = True  # waits for what cools: not while there is another model to ask

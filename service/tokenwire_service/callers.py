@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from tokenwire.v1 import error_reason_pb2
 from tokenwire_service.config import Caller
 from tokenwire_service.errors import GatewayError
-from tokenwire_service.keyring import MinuteWindow
+from tokenwire_service.keyring import MinuteWindow, window
 from tokenwire_service.secret import Digest
 
 _DAY = 86_400.0  # seconds
@@ -42,17 +42,21 @@ class Tenant:
         now: Callable[[], float] = time.monotonic,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._caller = caller
         self._now = now
         self._clock = clock
         self._in_flight = 0
-        self._requests = self._tokens = None
+        self._requests: MinuteWindow | None = None
+        self._tokens: MinuteWindow | None = None
         self._spent_today = 0
         self._today = 0
-        if caller is not None and caller.requests_per_minute:
-            self._requests = MinuteWindow(caller.requests_per_minute)
-        if caller is not None and caller.tokens_per_minute:
-            self._tokens = MinuteWindow(caller.tokens_per_minute)
+        self.change(caller)
+
+    def change(self, caller: Caller | None) -> None:
+        """Other limits and models from now on. What it has used counts."""
+        self._caller = caller
+        if caller is not None:
+            self._requests = window(self._requests, caller.requests_per_minute)
+            self._tokens = window(self._tokens, caller.tokens_per_minute)
 
     @property
     def name(self) -> str:
@@ -156,11 +160,21 @@ class Callers:
         now: Callable[[], float] = time.monotonic,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        self._now = now
+        self._clock = clock
+        self._tenants: dict[str, Tenant] = {}
+        self.replace(callers)
+
+    def replace(self, callers: Sequence[Caller]) -> None:
+        """Others from now on. Who stays, by name, keeps what it has used."""
+        before, self._tenants = self._tenants, {}
         self._open = None if callers else Tenant()
         self._by_token: list[tuple[Digest, Tenant]] = []
         self._by_certificate: dict[str, Tenant] = {}
         for caller in callers:
-            tenant = Tenant(caller, now=now, clock=clock)
+            tenant = before.get(caller.name) or Tenant(now=self._now, clock=self._clock)
+            tenant.change(caller)
+            self._tenants[caller.name] = tenant
             self._by_token += [(token, tenant) for token in caller.tokens]
             self._by_certificate |= dict.fromkeys(caller.certificates, tenant)
 

@@ -19,6 +19,7 @@ from tokenwire_service import __version__
 
 if TYPE_CHECKING:
     from tokenwire_service.config import Config
+    from tokenwire_service.reload import Source
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -112,24 +113,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from tokenwire_service.config import ConfigError, load
+    from tokenwire_service.config import ConfigError, file_of, load
+    from tokenwire_service.keyfiles import look_at
+    from tokenwire_service.reload import Source
     from tokenwire_service.server import CutShortError, ListenError, ServerEndedError
 
+    path = file_of(arguments.config, os.environ)
+
+    def read() -> Config:
+        return load(path, os.environ, listen=arguments.listen)
+
+    source = None if path is None else Source(path, read, look_at(path))
     try:
-        config = load(arguments.config, os.environ, listen=arguments.listen)
+        config = read()
     except ConfigError as error:
         print(*error.problems, sep="\n", file=sys.stderr)
         print("nothing was started", file=sys.stderr)
         return EXIT_USAGE
     try:
-        _run(_serve_config(config))
+        _run(_serve_config(config, source))
     except (CutShortError, ListenError, ServerEndedError) as error:
         print(f"tokenwire: {error}", file=sys.stderr)
         return EXIT_FAILED
     return 0
 
 
-async def _serve_config(config: Config) -> None:
+async def _serve_config(config: Config, source: Source | None = None) -> None:
     from tokenwire_service.server import Running, serve_until_signalled
     from tokenwire_service.simulated import with_simulator
     from tokenwire_service.telemetry import configure_logging, log_scrubber
@@ -152,6 +161,7 @@ async def _serve_config(config: Config) -> None:
                         "address": running.address,
                         "admin": running.admin or "off",
                         "status_page": running.page or "off",
+                        "health": running.probes or "off",
                         "metrics": running.metrics or "off",
                         "upstreams": ",".join(u.name for u in config.upstreams),
                         "keys": sum(len(u.keys) for u in config.upstreams),
@@ -166,7 +176,7 @@ async def _serve_config(config: Config) -> None:
                     "simulator answers instead of a model"
                 )
 
-        await serve_until_signalled(config, logger, announce, scrub=scrub)
+        await serve_until_signalled(config, logger, announce, scrub=scrub, source=source)
 
 
 def _top(arguments: argparse.Namespace) -> int:

@@ -75,6 +75,7 @@ __all__ = [
     "Upstream",
     "UpstreamTimeouts",
     "check",
+    "file_of",
     "load",
 ]
 
@@ -107,9 +108,14 @@ def load(path: Path | None, environ: Mapping[str, str], *, listen: str | None = 
     the file. Raises ConfigError with every problem, ConfigFileError if there is no file to
     read. Touches nothing but the file and the files of keys that it names.
     """
+    return _Loading(file_of(path, environ), environ).run(listen)
+
+
+def file_of(path: Path | None, environ: Mapping[str, str]) -> Path | None:
+    """The configuration file: `path`, else what `TOKENWIRE_CONFIG` names; None for none."""
     if path is None and environ.get("TOKENWIRE_CONFIG"):
-        path = Path(environ["TOKENWIRE_CONFIG"])
-    return _Loading(path, environ).run(listen)
+        return Path(environ["TOKENWIRE_CONFIG"])
+    return path
 
 
 def check(path: Path | None, environ: Mapping[str, str], out: TextIO) -> int:
@@ -620,6 +626,8 @@ def _summary(config: Config) -> Iterator[str]:
     yield f"admin      {config.admin.listen or f'{DEFAULT_ADMIN}, if that is free'}"
     if config.status_page.listen != ADMIN_OFF:
         yield f"page       {config.status_page.listen}"
+    if config.health.listen != ADMIN_OFF:
+        yield f"health     {config.health.listen}"
     if config.metrics.listen != ADMIN_OFF:
         yield f"metrics    {config.metrics.listen}"
     if config.needs_simulator:

@@ -95,11 +95,22 @@ class _Gathered:
         self.fold.add(events)
 
 
+class _Running:
+    """The calls that run, and whether more may begin; of a gateway and those it was before."""
+
+    def __init__(self) -> None:
+        self.draining = False
+        self.closed = False
+        self.timers: set[asyncio.Timeout] = set()
+
+
 class Gateway:
     """Routes calls, makes attempts, keeps the promises above.
 
     `now` is the running loop's time in seconds and `sleep` asyncio's: tests run both in virtual
-    time.
+    time. A configuration holds for one gateway. Where another takes its place, the new one is told
+    what was `before`: calls that run there go on there, and both share slots, the retry budget and
+    the drain.
     """
 
     def __init__(
@@ -113,35 +124,56 @@ class Gateway:
         relayed: Relayed | None = None,
         now: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        before: Gateway | None = None,
     ) -> None:
-        self._config = config
-        self._pools = pools
+        self.config = config
+        self._pools = dict(pools)
+        self._clients = {name: pool.client for name, pool in pools.items()}
         self._heartbeat = heartbeat
         self._relayed = relayed
         self._now = now
-        self._budget = RetryBudget(config.retries.budget, config.retries.budget_floor, now)
+        retries, limits = config.retries, config.limits
+        if before is None:
+            self._budget = RetryBudget(retries.budget, retries.budget_floor, now)
+            self._admission = Admission(limits.in_flight, limits.queue, now)
+            self._running = _Running()
+        else:
+            self._budget, self._admission = before._budget, before._admission
+            self._running = before._running
+            self._budget.change(retries.budget, retries.budget_floor)
+            self._admission.resize(limits.in_flight, limits.queue)
         self._attempts = Attempts(
-            config.retries.max_attempts,
+            retries.max_attempts,
             self._budget,
             observer,
             backoff=backoff,
             now=now,
             sleep=sleep,
         )
-        self._admission = Admission(config.limits.in_flight, config.limits.queue, now)
         self._models: dict[str, Model] = {}
         # Routes remember what is spoken there. Those that pass are apart: callers choose the names,
         # so they have no end.
         self._routes: dict[str, Route] = {}
         self._passed: dict[str, Route] = {}
         for model in config.models:
-            route = Route(pools[model.upstream].upstream, model, model.upstream_model)
+            route = Route(self._clients[model.upstream].upstream, model, model.upstream_model)
             for name in (model.name, *model.aliases):
                 self._models[name], self._routes[name] = model, route
         self._passthrough = next((u for u in config.upstreams if u.passthrough), None)
-        self.draining = False
-        self._closed = False
-        self._timers: set[asyncio.Timeout] = set()  # of the calls that run
+
+    @property
+    def draining(self) -> bool:
+        """Whether new calls are refused."""
+        return self._running.draining
+
+    @draining.setter
+    def draining(self, draining: bool) -> None:
+        self._running.draining = draining
+
+    @property
+    def slots(self) -> int:
+        """Calls that may be served at once."""
+        return self._admission.slots
 
     @property
     def in_flight(self) -> int:
@@ -171,7 +203,7 @@ class Gateway:
         async def use(attempt: Attempt) -> chat_service_pb2.ChatResponse:
             if not attempt.plan.streams:
                 return await self._fetched(call, attempt)
-            gathered = _Gathered(self._config.limits.upstream_answer_bytes)
+            gathered = _Gathered(self.config.limits.upstream_answer_bytes)
             await self._read(call, attempt, gathered)
             return gathered.fold.response()
 
@@ -186,7 +218,7 @@ class Gateway:
             write,
             cumulative=cumulative,
             max_delay=max_delay,
-            write_timeout=self._config.timeouts.write,
+            write_timeout=self.config.timeouts.write,
             started=call.started,
             now=self._now,
             heartbeat=self._heartbeat,
@@ -226,7 +258,7 @@ class Gateway:
     async def _fetched(self, call: Call, attempt: Attempt) -> chat_service_pb2.ChatResponse:
         """The upstream's answer, asked for and come as a whole."""
         plan = attempt.plan
-        response = await plan.pool.client.fetch(plan.encoded, attempt.lease, attempt.progress)
+        response = await plan.client.fetch(plan.encoded, attempt.lease, attempt.progress)
         self._attempts.fill(response.header, call, attempt)
         cut(response, plan.encoded.stop)
         if response.HasField("usage"):
@@ -239,7 +271,7 @@ class Gateway:
         plan = attempt.plan
         stops = StopFilter(plan.encoded.stop)
         complete = False
-        async with plan.pool.client.open(plan.encoded, attempt.lease, attempt.progress) as answer:
+        async with plan.client.open(plan.encoded, attempt.lease, attempt.progress) as answer:
             try:
                 while (events := await answer.read(sink.wake_at)) is not None:
                     if not events:
@@ -264,19 +296,20 @@ class Gateway:
 
     async def models(self, call: Call) -> list[model_service_pb2.Model]:
         """Configured models, then what the pass-through upstream says it serves."""
-        models = [self._describe(model) for model in self._config.models]
+        models = [self._describe(model) for model in self.config.models]
         upstream = self._passthrough
         if upstream is None:
             return models
         pool = self._pools[upstream.name]
         route = Route(upstream, None, "")
-        encoded = pool.client.dialect(route).list_models(upstream)
+        client = self._clients[upstream.name]
+        encoded = client.dialect(route).list_models(upstream)
         if encoded is None:
             return models
-        plan = Plan(route, pool, encoded)
+        plan = Plan(route, pool, client, encoded)
 
         async def ask(attempt: Attempt) -> list[model_service_pb2.Model]:
-            return await pool.client.models(plan.encoded, attempt.lease, attempt.progress)
+            return await plan.client.models(plan.encoded, attempt.lease, attempt.progress)
 
         try:
             async with self._admitted(call):
@@ -296,7 +329,7 @@ class Gateway:
     async def _admitted(self, call: Call) -> AsyncIterator[None]:
         """Refuses calls while draining; ends the call at its deadline, whatever it is doing; adds
         to what went wrong what was tried."""
-        if self._closed or not call.accepted:
+        if self._running.closed or not call.accepted:
             self.refuse_if_draining()
         seconds = call.deadline - self._now()
         if seconds <= 0:
@@ -304,11 +337,11 @@ class Gateway:
         timer = asyncio.timeout(seconds)
         try:
             async with timer:
-                self._timers.add(timer)
+                self._running.timers.add(timer)
                 try:
                     yield
                 finally:
-                    self._timers.discard(timer)
+                    self._running.timers.discard(timer)
         except GatewayError as error:
             error.metadata = {**error.metadata, **trail(call.attempts)}
             raise
@@ -320,8 +353,8 @@ class Gateway:
     def close(self) -> None:
         """Ends every call that still runs, now, with GATEWAY_DRAINING: their grace is over. What
         was accepted but has not begun, as the next item of a batch, does not begin."""
-        self.draining = self._closed = True
-        for timer in self._timers:
+        self._running.draining = self._running.closed = True
+        for timer in self._running.timers:
             if not timer.expired():  # at its deadline already, at this very moment
                 timer.reschedule(asyncio.get_running_loop().time())
 
@@ -332,7 +365,7 @@ class Gateway:
 
     def _out_of_time(self, call: Call) -> GatewayError:
         metadata = trail(call.attempts)
-        if self._closed:
+        if self._running.closed:
             return _shutting_down(metadata)
         if call.deadline_is_callers:
             return GatewayError(
@@ -340,7 +373,7 @@ class Gateway:
                 "the caller's deadline passed",
                 metadata={TIMER: "deadline", **metadata},
             )
-        maximum = f"within the server's maximum of {self._config.timeouts.total:g} s"
+        maximum = f"within the server's maximum of {self.config.timeouts.total:g} s"
         if not call.attempts:  # no upstream is to blame
             return GatewayError(
                 error_reason_pb2.ERROR_REASON_GATEWAY_OVERLOADED,
@@ -449,10 +482,11 @@ class Gateway:
 
     def _plan(self, call: Call, route: Route, *, stream: bool) -> Plan:
         """`stream`: what the caller asked for; the upstream may have to be asked otherwise."""
-        pool = self._pools[route.upstream.name]
+        name = route.upstream.name
+        pool, client = self._pools[name], self._clients[name]
         streams = {"always": True, "never": False}.get(route.streaming, stream)
-        encoded = pool.client.dialect(route).encode(call.chat, route, stream=streams)
-        return Plan(route, pool, encoded, streams)
+        encoded = client.dialect(route).encode(call.chat, route, stream=streams)
+        return Plan(route, pool, client, encoded, streams)
 
     async def _held(self, call: Call, plan: Plan, use: Callable[[Attempt], Awaitable[T]]) -> T:
         """Holds a slot of the upstream, then one of the gateway, while the plan is tried: who

@@ -130,13 +130,22 @@ class Boundary(grpc.aio.ServerInterceptor):
         self._logger = logger
         self._max_message_bytes = max_message_bytes
         self._now = now
-        self._running = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._number = 0
+        self._running: set[int] = set()
+        # Who waits for some of them, with those that they wait for yet.
+        self._passing: list[tuple[set[int], asyncio.Future[None]]] = []
 
     async def idle(self) -> None:
         """Returns once no RPC of tokenwire.v1 runs, their statuses sent."""
-        await self._idle.wait()
+        while self._running:
+            await self.passed()
+
+    async def passed(self) -> None:
+        """Returns once those have ended that run now, whatever has begun meanwhile."""
+        if self._running:
+            passed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._passing.append((set(self._running), passed))
+            await passed
 
     async def intercept_service(
         self,
@@ -209,14 +218,20 @@ class Boundary(grpc.aio.ServerInterceptor):
             raise asyncio.CancelledError from None  # nobody is there to hear it
 
     def _began(self, context: Context) -> None:
-        self._running += 1
-        self._idle.clear()
-        context.add_done_callback(self._done)  # type: ignore[arg-type]  # the stubs want their class
+        self._number += 1
+        number = self._number
+        self._running.add(number)
+        # The stubs want their own class.
+        context.add_done_callback(lambda _: self._done(number))  # type: ignore[arg-type]
 
-    def _done(self, _context: Context) -> None:
-        self._running -= 1
-        if not self._running:
-            self._idle.set()
+    def _done(self, number: int) -> None:
+        self._running.discard(number)
+        for numbers, passed in self._passing:
+            numbers.discard(number)
+            if not numbers and not passed.done():
+                passed.set_result(None)
+        if self._passing:
+            self._passing = [each for each in self._passing if not each[1].done()]
 
     def _gone(self, call: CallContext, method: str) -> None:
         # At its deadline a caller resets the stream, often a moment before our own timer.

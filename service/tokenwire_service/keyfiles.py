@@ -10,8 +10,6 @@ being written is not; a file that gives no keys changes nothing but what is said
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +17,11 @@ from typing import TypeAlias
 
 import msgspec
 
-from tokenwire_service.config import Key, Upstream
+from tokenwire_service.config import Key, KeyEntry, Upstream
 from tokenwire_service.keyset import UnusableError, looks_cut, resolved, secrets_in
 from tokenwire_service.secret import Secret
 from tokenwire_service.textfile import NotRegularError, UnreadableError, read
+from tokenwire_service.thread import in_thread
 
 RESTLESS_LOOKS = 30  # in a row, each unlike the one before: somebody should know
 RESTLESS = "it changes all the time, so it may be half written"
@@ -125,13 +124,29 @@ class KeyFiles:
     """The files of keys of all upstreams. Two that name the same file share its looks."""
 
     def __init__(self, upstreams: Iterable[Upstream]) -> None:
-        self._upstreams = {each.name: each for each in upstreams}
-        self._files = {
-            entry.path: _File(entry.secrets)
-            for upstream in self._upstreams.values()
-            for entry in upstream.key_entries
-            if entry.path is not None
-        }
+        self._upstreams: dict[str, Upstream] = {}
+        self._files: dict[Path, _File] = {}
+        self.replace(upstreams)
+
+    def replace(self, upstreams: Iterable[Upstream]) -> tuple[Upstream, ...]:
+        """Takes others, as they were just read, and returns them with the keys they have. A file
+        that was watched before holds what was settled, since it may be half written just now; and
+        a key that stays keeps its id, unless its entry names another now."""
+        before, known = self._upstreams, self._files
+        self._upstreams, self._files = {}, {}
+        for upstream in upstreams:
+            for entry in upstream.key_entries:
+                if entry.path is not None:
+                    self._files[entry.path] = known.get(entry.path) or _File(entry.secrets)
+            entries = self._settled(upstream)
+            if entries and before:
+                was = before.get(upstream.name, upstream)
+                stay = [key for key in was.keys if _ids(key, was.key_entries) & _ids(key, entries)]
+                upstream = msgspec.structs.replace(
+                    upstream, keys=resolved(entries, stay), key_entries=entries
+                )
+            self._upstreams[upstream.name] = upstream
+        return tuple(self._upstreams.values())
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -176,14 +191,18 @@ class KeyFiles:
             if any(entry.path == path for entry in upstream.key_entries)
         )
 
-    def _resolved(self, name: str) -> KeysChanged | None:
-        upstream = self._upstreams[name]
-        entries = tuple(
+    def _settled(self, upstream: Upstream) -> tuple[KeyEntry, ...]:
+        """Its entries as the files were last seen."""
+        return tuple(
             msgspec.structs.replace(entry, secrets=self._files[entry.path].secrets)
             if entry.path in self._files
             else entry
             for entry in upstream.key_entries
         )
+
+    def _resolved(self, name: str) -> KeysChanged | None:
+        upstream = self._upstreams[name]
+        entries = self._settled(upstream)
         before = {key.id: key.secret for key in upstream.keys}
         keys = resolved(entries, upstream.keys)
         after = {key.id: key.secret for key in keys}
@@ -199,6 +218,15 @@ class KeyFiles:
         )
 
 
+def _ids(key: Key, entries: Iterable[KeyEntry]) -> set[str | None]:
+    """What the entries that hold a key call it; None: by its fingerprint."""
+    return {
+        entry.source.id
+        for entry in entries
+        if entry.source.organization == key.organization and key.secret in entry.secrets
+    }
+
+
 def look_at(path: Path) -> Look:
     """Reads one file."""
     try:
@@ -208,30 +236,8 @@ def look_at(path: Path) -> Look:
 
 
 async def look_in_thread(paths: tuple[Path, ...]) -> Mapping[Path, Look]:
-    """Reads all, in a thread: a network's file system may take its time, or never answer. So it is
-    a daemon, which nobody waits for in the end, as they would for a thread of an executor."""
-    loop = asyncio.get_running_loop()
-    found: asyncio.Future[Mapping[Path, Look]] = loop.create_future()
-
-    def tell(looks: Mapping[Path, Look] | None, error: BaseException | None) -> None:
-        if found.done():
-            return  # nobody waits any more
-        if error is not None:
-            found.set_exception(error)
-        elif looks is not None:
-            found.set_result(looks)
-
-    def look() -> None:
-        looks, failure = None, None
-        try:
-            looks = {path: look_at(path) for path in paths}
-        except BaseException as error:  # noqa: BLE001  # it is told to whoever waits
-            failure = error
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(tell, looks, failure)
-
-    threading.Thread(target=look, name="key files", daemon=True).start()
-    return await found
+    """Reads all, off the event loop."""
+    return await in_thread(lambda: {path: look_at(path) for path in paths}, "key files")
 
 
 async def watch(

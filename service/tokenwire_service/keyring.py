@@ -219,6 +219,10 @@ class KeyRing:
         upstream may show any of them."""
         return (*self.keys, *(key for state, key in self._former.values() if state.in_flight))
 
+    def organize(self, organizations: Sequence[str]) -> None:
+        """Other organizations take turns from now on."""
+        self._organizations = tuple(organizations)
+
     def replace(self, keys: Iterable[Key]) -> None:
         """Takes new keys, for instance after a secret was renewed. A key that stays keeps its
         state, whatever else changed about it, and so does one that comes back while it is still
@@ -241,8 +245,8 @@ class KeyRing:
                 former[key.id, state.key.secret] = (state, state.key)
                 state.serves.clear()
             state.key = key
-            state.requests = _window(state.requests, key.requests_per_minute)
-            state.tokens = _window(state.tokens, key.tokens_per_minute)
+            state.requests = window(state.requests, key.requests_per_minute)
+            state.tokens = window(state.tokens, key.tokens_per_minute)
             self._keys.append(state)
         former |= {(s.key.id, s.key.secret): (s, s.key) for s in before.values()}
         in_use = [(name, each) for name, each in former.items() if each[0].in_flight]
@@ -627,7 +631,7 @@ def _soonest(closed: Sequence[Unavailable]) -> Unavailable:
     return Unavailable(soonest.until, soonest.fault, look_at)
 
 
-def _window(before: MinuteWindow | None, limit: int | None) -> MinuteWindow | None:
+def window(before: MinuteWindow | None, limit: int | None) -> MinuteWindow | None:
     """The window of a limit that may be new, changed or gone."""
     if limit is None:
         return None

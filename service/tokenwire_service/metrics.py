@@ -12,7 +12,6 @@ import time
 from bisect import bisect_left
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
@@ -248,14 +247,6 @@ class ConfigState(Protocol):
         """How many were not taken since the start."""
 
 
-@dataclass(frozen=True)
-class FirstConfig:
-    """That of the start, for ever."""
-
-    generation: int = 1
-    failures: int = 0
-
-
 class Standing:
     """A collector: how the gateway stands at the moment of a scrape. Read in the event loop and
     without an await, so that what it tells belongs together. `now`: monotonic seconds."""
@@ -263,7 +254,6 @@ class Standing:
     def __init__(
         self,
         gateway: Gateway,
-        config: Config,
         pools: Mapping[str, Pool],
         counters: Counters,
         files: KeyFiles,
@@ -272,7 +262,6 @@ class Standing:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._gateway = gateway
-        self._config = config
         self._pools = pools
         self._counters = counters
         self._files = files
@@ -294,7 +283,7 @@ class Standing:
         )
         for name, told, value in (
             ("in_flight_calls", "Slots in use: chats, streams until their end.", gateway.in_flight),
-            ("slots", "Chats that may run at once.", self._config.limits.in_flight),
+            ("slots", "Chats that may run at once.", gateway.slots),
             ("queued_calls", "Chats that wait for a slot of the gateway.", gateway.waiting),
             ("retry_budget", "Retries that may be made now.", gateway.retry_budget),
             ("draining", "1 while new calls are refused, for good.", gateway.draining),

@@ -71,7 +71,7 @@ class Pool:
 
     @property
     def upstream(self) -> Upstream:
-        """Its configuration. Its keys are those of the start: the ring has those of now."""
+        """Its configuration. The ring has the keys of now, not this."""
         return self.client.upstream
 
     @property

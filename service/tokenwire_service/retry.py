@@ -42,6 +42,13 @@ class RetryBudget:
         self._granted = self._floor  # by time
         self._refilled = now()
 
+    def change(self, ratio: float, floor: int) -> None:
+        """From now on; what is saved stays, up to what may pile up."""
+        self._refill()
+        self._ratio, self._floor = ratio, float(floor)
+        self._earned = min(self._CAP * ratio, self._earned)
+        self._granted = min(self._floor, self._granted)
+
     @property
     def balance(self) -> float:
         """Retries that may be made now."""

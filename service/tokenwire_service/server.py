@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
 import socket
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,29 +26,24 @@ from tokenwire.v1 import (
     tokenizer_service_pb2,
     tokenizer_service_pb2_grpc,
 )
-from tokenwire_service import keyfiles
+from tokenwire_service import keyfiles, reload
 from tokenwire_service.admin import AdminServicer
-from tokenwire_service.admission import Admission
-from tokenwire_service.callers import Callers
 from tokenwire_service.certificates import Certificates
-from tokenwire_service.config import Config, Upstream
+from tokenwire_service.config import Config
 from tokenwire_service.counters import Counters
 from tokenwire_service.gateway import Gateway
 from tokenwire_service.health import HEALTH_SERVICE, Health
 from tokenwire_service.interceptors import Boundary
-from tokenwire_service.keyfiles import FileUnusable, FileUsable, KeyFiles
-from tokenwire_service.keyring import KeyRing
+from tokenwire_service.live import Live
 from tokenwire_service.pool import Pool
 from tokenwire_service.recent import Recent
 from tokenwire_service.relay import HEARTBEAT_SECONDS, Relayed
-from tokenwire_service.retry import Backoff
+from tokenwire_service.reload import Revision, Source
 from tokenwire_service.secret import Scrubber
 from tokenwire_service.servicer import ChatServicer, ModelServicer, TokenizerServicer
 from tokenwire_service.settings import ADMIN_OFF, DEFAULT_ADMIN, Connections
 from tokenwire_service.telemetry import LogObserver, Observer, Observers, log_scrubber
-from tokenwire_service.tokens import TokenCounter
 from tokenwire_service.upstream.client import UpstreamClient
-from tokenwire_service.upstream.dialects import chooser
 
 if TYPE_CHECKING:
     from tokenwire_service.metrics import Observed
@@ -92,18 +85,29 @@ class CutShortError(Exception):
 @dataclass(frozen=True)
 class Running:
     """A gateway that serves. `address` is where, with the port that was really bound; `admin`,
-    `page` and `metrics` the same for operators, of the status page and for Prometheus, empty where
-    they are off."""
+    `page`, `probes` and `metrics` the same for operators, of the status page, for probes of health
+    alone and for Prometheus, empty where they are off."""
 
     address: str
     admin: str
     page: str
+    probes: str
     metrics: str
-    gateway: Gateway
+    live: Live
     server: grpc.aio.Server
     boundary: Boundary
     health: Health
-    pools: Mapping[str, Pool]
+    revision: Revision
+
+    @property
+    def gateway(self) -> Gateway:
+        """For calls that begin now."""
+        return self.live.gateway
+
+    @property
+    def pools(self) -> Mapping[str, Pool]:
+        """Of each upstream."""
+        return self.live.pools
 
     @property
     def leases(self) -> int:
@@ -125,10 +129,12 @@ async def serving(
     scrub: Scrubber | None = None,
     grace: float = 0.0,
     heartbeat: float = HEARTBEAT_SECONDS,
+    source: Source | None = None,
 ) -> AsyncIterator[Running]:
     """Serves until left, then gives running calls `grace` seconds. `scrub`: what keeps keys out of
     the log; it learns of new ones. `heartbeat`: seconds of silence until a stream sends an empty
-    message. Raises ListenError if a port cannot be opened."""
+    message. `source`: the file of `config`, watched for another one. Raises ListenError if a port
+    cannot be opened."""
     async with AsyncExitStack() as stack:
         counters = Counters()
         recent = Recent(lambda: gateway.in_flight)
@@ -140,25 +146,19 @@ async def serving(
             recent,
             *(() if metrics is None else (metrics,)),
         )
-        pools: dict[str, Pool] = {}
-        dialect = chooser()
-        for upstream in config.upstreams:
-            client = UpstreamClient(upstream, dialect, config.limits)
-            stack.push_async_callback(client.close)
-            pools[upstream.name] = Pool(client, KeyRing(upstream), _bulkhead(config, upstream))
-        retries = config.retries
-        gateway = Gateway(
+        live = Live(
             config,
-            pools,
             observer,
-            backoff=Backoff(retries.backoff, retries.backoff_cap),
+            counters,
+            scrub,
+            logger,
             heartbeat=heartbeat,
             relayed=_relayed(recent, metrics),
         )
-        counter = TokenCounter(config.limits.tokenizer_bytes)
-        stack.callback(counter.close)
-        callers = Callers(config.callers)
-        boundary = Boundary(observer, logger, config.limits.message_bytes, callers=callers)
+        stack.push_async_callback(live.close)
+        gateway = live.gateway
+        revision = Revision()
+        boundary = Boundary(observer, logger, config.limits.message_bytes, callers=live.callers)
         server = grpc.aio.server(
             interceptors=(boundary,),
             options=(
@@ -170,15 +170,15 @@ async def serving(
         )
         # The boundary hands the servicers its own CallContext, which their types say.
         chat_service_pb2_grpc.add_ChatServiceServicer_to_server(
-            ChatServicer(gateway, config, logger),  # type: ignore[arg-type]
+            ChatServicer(lambda: live.gateway, logger),  # type: ignore[arg-type]
             server,
         )
         tokenizer_service_pb2_grpc.add_TokenizerServiceServicer_to_server(
-            TokenizerServicer(gateway, counter),  # type: ignore[arg-type]
+            TokenizerServicer(lambda: live.gateway, live.counter),  # type: ignore[arg-type]
             server,
         )
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
-            ModelServicer(gateway, config),  # type: ignore[arg-type]
+            ModelServicer(lambda: live.gateway),  # type: ignore[arg-type]
             server,
         )
         health_servicer = Health(SERVICES)
@@ -192,24 +192,33 @@ async def serving(
             "--listen",
             None if tls is None else lambda: Certificates(tls, logger).credentials(),
         )
-        files = KeyFiles(config.upstreams)
-        servicer = AdminServicer(gateway, config, pools, counters, recent, files, scrub, logger)
+        servicer = AdminServicer(gateway, live.pools, counters, recent, live.files, scrub, logger)
         admin = await _admin(servicer, config, logger, stack)
         page = await _status_page(servicer, config, logger, stack)
+        probes = await _health_port(health_servicer, config, stack)
         exposed = ""
         if metrics is not None:
             exposed = await _metrics_page(
-                metrics, gateway, config, pools, counters, files, logger, stack
+                metrics, live, counters, revision, config.metrics.listen, logger, stack
             )
+        watches = _Watches(live, boundary, revision, logger)
+        stack.push_async_callback(watches.end)
         await server.start()
         stack.push_async_callback(server.stop, grace)
-        scrub.replace(key.secret for pool in pools.values() for key in pool.ring.keys)
-        tell = _teller(pools, counters, scrub, logger)
-        watching = asyncio.ensure_future(_watch(files, tell, config.key_file_interval, logger))
-        stack.push_async_callback(_cancelled, watching)
+        if source is not None:
+            watches.watch(source)
         await health_servicer.started()
         yield Running(
-            address, admin, page, exposed, gateway, server, boundary, health_servicer, pools
+            address,
+            admin,
+            page,
+            probes,
+            exposed,
+            live,
+            server,
+            boundary,
+            health_servicer,
+            revision,
         )
 
 
@@ -219,12 +228,14 @@ async def serve_until_signalled(
     announce: Callable[[Running], None],
     *,
     scrub: Scrubber | None = None,
+    source: Source | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once.
 
     SIGTERM comes from a supervisor: NOT_SERVING at once, but new calls are still taken for
     `drain.propagation` seconds, because endpoints learn of it only then; after that running
     calls get `drain.grace` seconds. SIGINT comes from a person and skips the first wait.
+    SIGHUP has the configuration read again, where it comes from a `source`.
     Raises ServerEndedError if the server ends by itself, so that a supervisor restarts it, and
     CutShortError after a second signal, so that whoever watches knows that calls were cut off.
     """
@@ -232,8 +243,10 @@ async def serve_until_signalled(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, number)
+    if source is not None:
+        loop.add_signal_handler(signal.SIGHUP, source.asked.set)
     try:
-        async with serving(config, logger, scrub=scrub) as running:
+        async with serving(config, logger, scrub=scrub, source=source) as running:
             announce(running)
             ended = asyncio.ensure_future(running.server.wait_for_termination())
             first = await _next(signals, {ended})
@@ -242,17 +255,16 @@ async def serve_until_signalled(
             fields = {"signal": first.name, "in_flight": running.gateway.in_flight}
             logger.info("draining", extra={"fields": fields})
             await running.health.draining()
+            drain = running.live.config.drain
             insisted = None
             if first is signal.SIGTERM:
-                insisted = await _next(signals, {ended}, config.drain.propagation)
+                insisted = await _next(signals, {ended}, drain.propagation)
             running.gateway.draining = True
             if insisted is None:
                 # Longer than we wait: what is left then is told why by us, not cut off by gRPC.
-                stopping = asyncio.ensure_future(
-                    running.server.stop(config.drain.grace + 2 * _LAST_WORDS)
-                )
+                stopping = asyncio.ensure_future(running.server.stop(drain.grace + 2 * _LAST_WORDS))
                 idle = asyncio.ensure_future(running.boundary.idle())
-                insisted = await _next(signals, {stopping, idle}, config.drain.grace)
+                insisted = await _next(signals, {stopping, idle}, drain.grace)
                 if not idle.done():
                     running.gateway.close()
                     await asyncio.wait({stopping, idle}, timeout=_LAST_WORDS)
@@ -264,7 +276,7 @@ async def serve_until_signalled(
             if insisted is not None:
                 raise CutShortError(f"a second signal, {insisted.name}, ended it at once")
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.remove_signal_handler(number)
 
 
@@ -291,16 +303,6 @@ def _ages(connections: Connections) -> Iterator[tuple[str, int]]:
     yield "grpc.max_connection_age_ms", round(connections.max_age * 1000)
     if connections.max_age_grace is not None:
         yield "grpc.max_connection_age_grace_ms", round(connections.max_age_grace * 1000)
-
-
-def _bulkhead(config: Config, upstream: Upstream) -> Admission:
-    """The slots of one upstream: all of them, or three quarters where there are several."""
-    slots = config.limits.in_flight
-    if upstream.in_flight is not None:
-        slots = upstream.in_flight
-    elif len(config.upstreams) > 1:
-        slots = max(1, slots * 3 // 4)
-    return Admission(slots, config.limits.queue, time.monotonic)
 
 
 async def _admin(
@@ -350,6 +352,19 @@ async def _status_page(
         raise ListenError(str(error)) from None
 
 
+async def _health_port(servicer: Health, config: Config, stack: AsyncExitStack) -> str:
+    """Opens the port for probes; where, empty for nowhere."""
+    listen = config.health.listen
+    if listen == ADMIN_OFF:
+        return ""
+    server = grpc.aio.server(options=_OPTIONS)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    address = _listen(server, listen, "health.listen")
+    await server.start()
+    stack.push_async_callback(server.stop, 0)
+    return address
+
+
 def _metrics(config: Config, scrub: Scrubber) -> Observed | None:
     """What counts for Prometheus; None where nobody collects it."""
     if config.metrics.listen == ADMIN_OFF:
@@ -373,23 +388,21 @@ def _relayed(recent: Recent, metrics: Observed | None) -> Relayed:
 
 async def _metrics_page(
     metrics: Observed,
-    gateway: Gateway,
-    config: Config,
-    pools: Mapping[str, Pool],
+    live: Live,
     counters: Counters,
-    files: KeyFiles,
+    revision: Revision,
+    listen: str,
     logger: logging.Logger,
     stack: AsyncExitStack,
 ) -> str:
     """Opens the port for Prometheus; where."""
     from tokenwire_service import httplistener
-    from tokenwire_service.metrics import FirstConfig, Standing, exposition, watch_process
+    from tokenwire_service.metrics import Standing, exposition, watch_process
 
     registry = metrics.registry
-    registry.register(Standing(gateway, config, pools, counters, files, FirstConfig()))
+    registry.register(Standing(live.gateway, live.pools, counters, live.files, revision))
     watch_process(registry)
     routes = {"/metrics": httplistener.page(lambda accept: exposition(registry, accept))}
-    listen = config.metrics.listen
     try:
         return await stack.enter_async_context(
             httplistener.serving(listen, routes, logger, setting="metrics.listen")
@@ -398,61 +411,72 @@ async def _metrics_page(
         raise ListenError(str(error)) from None
 
 
-def _teller(
-    pools: Mapping[str, Pool], counters: Counters, scrub: Scrubber, logger: logging.Logger
-) -> Callable[[keyfiles.Change], None]:
-    """What is done about a change of the files of keys, and said of it."""
+class _Watches:
+    """What looks at files while the server runs."""
 
-    def tell(change: keyfiles.Change) -> None:
-        if isinstance(change, FileUnusable):
-            fields: dict[str, object] = {
-                "file": str(change.path),
-                "problem": change.problem,
-                "so": "its last good keys stay",
-            }
-            logger.warning("key file unusable", extra={"fields": fields})
-            return
-        if isinstance(change, FileUsable):
-            fields = {"file": str(change.path)}
-            logger.info("key file usable again", extra={"fields": fields})
-            return
-        known = [key for pool in pools.values() for key in pool.ring.known_keys]
-        scrub.replace(key.secret for key in (*known, *change.keys))
-        pool = pools[change.upstream]
-        pool.replace(change.keys)
-        counters.keep(change.upstream, (key.id for key in pool.ring.known_keys))
-        if change.added or change.removed or change.changed:
-            fields = {
-                "upstream": change.upstream,
-                "added": ",".join(change.added),
-                "removed": ",".join(change.removed),
-                "changed": ",".join(change.changed),
-                "keys": len(change.keys),
-            }
-            logger.info("keys changed", extra={"fields": fields})
+    def __init__(
+        self, live: Live, boundary: Boundary, revision: Revision, logger: logging.Logger
+    ) -> None:
+        self._live = live
+        self._boundary = boundary
+        self._revision = revision
+        self._logger = logger
+        self._keys = asyncio.ensure_future(self._watch_keys())
+        self._others: set[asyncio.Task[None]] = set()
 
-    return tell
+    def watch(self, source: Source) -> None:
+        """Looks at the configuration file, too."""
+        live = self._live
+        self._begin(
+            reload.watch(
+                source,
+                live.config,
+                self._take,
+                self._revision,
+                self._logger,
+                interval=lambda: live.config.key_file_interval,
+            )
+        )
 
+    async def end(self) -> None:
+        """Ends all of it."""
+        tasks = {self._keys, *self._others}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-async def _watch(
-    files: KeyFiles,
-    tell: Callable[[keyfiles.Change], None],
-    interval: float,
-    logger: logging.Logger,
-) -> None:
-    """A defect must not end the watch in silence."""
-    while files.paths:
+    def _take(self, config: Config) -> tuple[str, ...]:
+        taken = self._live.take(config)
+        self._logger.setLevel(self._live.config.log.level.upper())
+        if taken.left:
+            self._begin(self._close(taken.left))
+        self._keys.cancel()  # there may be other files
+        self._keys = asyncio.ensure_future(self._watch_keys())
+        return taken.kept
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._others.add(task)
+        task.add_done_callback(self._others.discard)
+
+    async def _close(self, left: Sequence[UpstreamClient]) -> None:
+        """Closes what only calls use that run now."""
         try:
-            await keyfiles.watch(files, tell, interval=interval)
-        except Exception:
-            logger.exception("defect", extra={"fields": {"where": "files of keys"}})
-            await asyncio.sleep(interval)
+            await self._boundary.passed()
+        finally:
+            for client in left:
+                await client.close()
 
-
-async def _cancelled(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    async def _watch_keys(self) -> None:
+        """A defect must not end it in silence."""
+        live = self._live
+        interval = live.config.key_file_interval
+        while live.files.paths:
+            try:
+                await keyfiles.watch(live.files, live.tell, interval=interval)
+            except Exception:
+                self._logger.exception("defect", extra={"fields": {"where": "files of keys"}})
+                await asyncio.sleep(interval)
 
 
 def _listen(

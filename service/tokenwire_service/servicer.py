@@ -34,18 +34,17 @@ _DEFAULT_PAGE = 100
 
 
 class ChatServicer:
-    """Chat, StreamChat, BatchChat."""
+    """Chat, StreamChat, BatchChat. `current`: the gateway for calls that begin now; each goes on
+    with the one it began with, whatever is configured meanwhile."""
 
     def __init__(
         self,
-        gateway: Gateway,
-        config: Config,
+        current: Callable[[], Gateway],
         logger: logging.Logger,
         *,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._gateway = gateway
-        self._config = config
+        self._current = current
         self._logger = logger
         self._now = now
 
@@ -55,9 +54,10 @@ class ChatServicer:
         """One whole answer."""
         context.model, context.labels = request.model, dict(request.labels)
         check(request)
-        call = begin(request, context, self._config, self._now)
+        gateway = self._current()
+        call = begin(request, context, gateway.config, self._now)
         with admitted(call, context):
-            return await self._gateway.chat(call)
+            return await gateway.chat(call)
 
     async def StreamChat(  # noqa: N802
         self, request: chat_service_pb2.StreamChatRequest, context: CallContext
@@ -71,10 +71,11 @@ class ChatServicer:
             if cumulative and (last := refusal(error)) is not None:
                 await context.write(last)
             raise
-        call = begin(request.chat, context, self._config, self._now)
+        gateway = self._current()
+        call = begin(request.chat, context, gateway.config, self._now)
         try:
             with admitted(call, context):
-                await self._gateway.stream(
+                await gateway.stream(
                     call,
                     context.write,
                     cumulative=cumulative,
@@ -92,17 +93,18 @@ class ChatServicer:
         not read stops the work.
         """
         check(request)
-        self._gateway.refuse_if_draining()
-        limit = self._config.limits.batch_items_at_once
+        gateway = self._current()
+        gateway.refuse_if_draining()
+        limit = gateway.config.limits.batch_items_at_once
         workers = min(request.max_concurrency or limit, limit, len(request.items))
         waiting = iter(enumerate(request.items))
         writing = asyncio.Lock()  # one message at a time on one stream
 
         async def work() -> None:
             for index, item in waiting:
-                answer = await self._item(index, item, context)
+                answer = await self._item(index, item, context, gateway)
                 async with writing:
-                    await self._send(answer, context)
+                    await self._send(answer, context, gateway.config.timeouts.write)
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -111,9 +113,10 @@ class ChatServicer:
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
 
-    async def _send(self, answer: chat_service_pb2.BatchChatResponse, context: CallContext) -> None:
+    async def _send(
+        self, answer: chat_service_pb2.BatchChatResponse, context: CallContext, seconds: float
+    ) -> None:
         """A batch as such has no deadline: a caller that stopped reading would hold it forever."""
-        seconds = self._config.timeouts.write
         timer = asyncio.timeout(seconds)
         try:
             async with timer:
@@ -128,15 +131,19 @@ class ChatServicer:
             ) from None
 
     async def _item(
-        self, index: int, item: chat_service_pb2.BatchChatItem, context: CallContext
+        self,
+        index: int,
+        item: chat_service_pb2.BatchChatItem,
+        context: CallContext,
+        gateway: Gateway,
     ) -> chat_service_pb2.BatchChatResponse:
         answer = chat_service_pb2.BatchChatResponse(index=index, custom_id=item.custom_id)
-        call = begin(item.chat, context, self._config, self._now)
+        call = begin(item.chat, context, gateway.config, self._now)
         call.accepted = True
         try:
             check(item.chat)
             with admitted(call, context):
-                answer.response.CopyFrom(await self._gateway.chat(call))
+                answer.response.CopyFrom(await gateway.chat(call))
             context.pack(answer)
         except GatewayError as error:
             error = _under(f"items[{index}].chat.", error)
@@ -157,8 +164,8 @@ class ChatServicer:
 class TokenizerServicer:
     """CountTokens, Tokenize: the model is not called."""
 
-    def __init__(self, gateway: Gateway, counter: TokenCounter) -> None:
-        self._gateway = gateway
+    def __init__(self, current: Callable[[], Gateway], counter: TokenCounter) -> None:
+        self._current = current
         self._counter = counter
 
     async def CountTokens(  # noqa: N802
@@ -168,7 +175,7 @@ class TokenizerServicer:
         context.model = request.model
         check(request)
         context.tenant.check(request.model)
-        route = self._gateway.route(request.model)
+        route = self._current().route(request.model)
         tokenizer = tokenizer_for(route.model_name, route.model)
         if request.WhichOneof("input") == "text":
             total = await self._counter.count_text(tokenizer, request.text)
@@ -192,7 +199,7 @@ class TokenizerServicer:
         context.model = request.model
         check(request)
         context.tenant.check(request.model)
-        route = self._gateway.route(request.model)
+        route = self._current().route(request.model)
         tokenizer = tokenizer_for(route.model_name, route.model)
         lists = await self._counter.tokenize(tokenizer, list(request.texts))
         return tokenizer_service_pb2.TokenizeResponse(lists=lists, tokenizer=tokenizer.name)
@@ -202,10 +209,9 @@ class ModelServicer:
     """ListModels, GetModel."""
 
     def __init__(
-        self, gateway: Gateway, config: Config, *, now: Callable[[], float] = time.monotonic
+        self, current: Callable[[], Gateway], *, now: Callable[[], float] = time.monotonic
     ) -> None:
-        self._gateway = gateway
-        self._config = config
+        self._current = current
         self._now = now
 
     async def ListModels(  # noqa: N802
@@ -229,7 +235,7 @@ class ModelServicer:
         context.model = request.name
         check(request)
         context.tenant.check(request.name)
-        configured = self._gateway.configured(request.name)
+        configured = self._current().configured(request.name)
         if configured is not None:  # whatever becomes of the upstream
             return model_service_pb2.GetModelResponse(model=_with_tokenizer(configured))
         for model in await self._models(context):
@@ -242,11 +248,12 @@ class ModelServicer:
         )
 
     async def _models(self, context: CallContext) -> list[model_service_pb2.Model]:
-        call = begin(chat_service_pb2.ChatRequest(), context, self._config, self._now)
+        gateway = self._current()
+        call = begin(chat_service_pb2.ChatRequest(), context, gateway.config, self._now)
         try:
             return [
                 _with_tokenizer(model)
-                for model in await self._gateway.models(call)
+                for model in await gateway.models(call)
                 if any(map(context.tenant.may_ask, (model.name, *model.aliases)))
             ]
         finally:

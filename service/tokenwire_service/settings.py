@@ -364,6 +364,14 @@ class StatusPage(Struct, frozen=True, kw_only=True):
     listen: AdminListen = ADMIN_OFF
 
 
+class HealthPort(Struct, frozen=True, kw_only=True):
+    """grpc.health.v1 alone, in plaintext and on a port of its own: probes of Kubernetes can neither
+    speak TLS nor show a certificate."""
+
+    # Port 0: any free one. The port for callers answers as well.
+    listen: OptionalListen = ADMIN_OFF
+
+
 class Metrics(Struct, frozen=True, kw_only=True):
     """Metrics for Prometheus, by HTTP and on a port of their own."""
 
@@ -627,9 +635,10 @@ class Config(Struct, frozen=True, kw_only=True):
     retries: Retries = Retries()
     admin: Admin = Admin()
     status_page: StatusPage = StatusPage()
+    health: HealthPort = HealthPort()
     metrics: Metrics = Metrics()
-    # Between two looks at each file of keys, seconds. A change is taken once two looks in a row
-    # have found the same.
+    # Between two looks at the configuration and at each file of keys, seconds. A change is taken
+    # once two looks in a row have found the same.
     key_file_interval: Annotated[float, _duration("10ms", "1h")] = 1.0
     # Empty only if `needs_simulator`.
     upstreams: tuple[Upstream, ...] = ()
@@ -641,6 +650,28 @@ class Config(Struct, frozen=True, kw_only=True):
     def needs_simulator(self) -> bool:
         """Whether there is no upstream: no key in the environment and no file."""
         return not self.upstreams
+
+
+# What takes effect when the file changes while the gateway runs; what is not named here, as it may
+# be new, stays as it is until a restart. docs/configuration.md says the same.
+RELOADED = frozenset(
+    {
+        "callers",
+        "limits.in_flight",
+        "limits.queue",
+        "limits.batch_items_at_once",
+        "limits.tokenizer_bytes",
+        "limits.upstream_answer_bytes",
+        "limits.upstream_event_bytes",
+        "timeouts",
+        "drain",
+        "log.level",
+        "retries",
+        "key_file_interval",
+        "upstreams",
+        "models",
+    }
+)
 
 
 def dialect_of(upstream: Upstream, model: Model | None, model_name: str) -> str:

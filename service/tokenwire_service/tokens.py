@@ -72,7 +72,7 @@ class TokenCounter:
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._loaded: dict[str, Encoding] = {}
         self._loading: dict[str, asyncio.Future[Encoding | str]] = {}
         self._chunks = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokens-chunks")
@@ -139,9 +139,9 @@ class TokenCounter:
 
     def _check_size(self, texts: list[str], field: str) -> None:
         size = sum(len(text.encode()) for text in texts)
-        if size > self._max_bytes:
+        if size > self.max_bytes:
             raise invalid(
-                Violation(field, f"got {size} bytes of text, expected at most {self._max_bytes}")
+                Violation(field, f"got {size} bytes of text, expected at most {self.max_bytes}")
             )
 
     async def _encoded(self, work: Callable[[], T], chunk: Chunk, field: str) -> T:

@@ -306,18 +306,18 @@ MUTANTS = (
     Mutant(
         "a call ends at its deadline, whatever it does",
         "        timer = asyncio.timeout(seconds)\n        try:\n            async with timer:\n"
-        "                self._timers",
+        "                self._running.timers",
         "        timer = asyncio.timeout(None)\n        try:\n            async with timer:\n"
-        "                self._timers",
+        "                self._running.timers",
         (POLICY,),
         quick=True,
     ),
     Mutant(
         "a call ends at its deadline, whatever it does (simulated)",
         "        timer = asyncio.timeout(seconds)\n        try:\n            async with timer:\n"
-        "                self._timers",
+        "                self._running.timers",
         "        timer = asyncio.timeout(None)\n        try:\n            async with timer:\n"
-        "                self._timers",
+        "                self._running.timers",
         (WORLDS,),
     ),
     Mutant(
@@ -464,13 +464,15 @@ MUTANTS = (
     ),
     Mutant(
         "a drain refuses what is new",
-        "        if self._closed or not call.accepted:\n            self.refuse_if_draining()\n",
+        "        if self._running.closed or not call.accepted:\n"
+        "            self.refuse_if_draining()\n",
         "",
         (WORLDS,),
     ),
     Mutant(
         "a drain refuses nothing that was accepted before",
-        "        if self._closed or not call.accepted:\n            self.refuse_if_draining()\n",
+        "        if self._running.closed or not call.accepted:\n"
+        "            self.refuse_if_draining()\n",
         "        self.refuse_if_draining()\n",
         ("tests/service/test_batch_chat.py", "tests/service/test_process.py", WORLDS),
     ),
@@ -482,7 +484,7 @@ MUTANTS = (
     ),
     Mutant(
         "a batch does not go on when the grace of a drain is over",
-        "        if self._closed or not call.accepted:",
+        "        if self._running.closed or not call.accepted:",
         "        if not call.accepted:",
         (POLICY, WORLDS),
     ),

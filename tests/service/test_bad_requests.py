@@ -389,6 +389,17 @@ async def test_a_message_too_large_is_refused_and_the_server_goes_on(
     assert simulator[0].stats.requests == 1
 
 
+async def test_metadata_without_end_are_refused_and_the_server_goes_on(
+    start: Start, simulator: Simulated
+) -> None:
+    gateway = await start(upstream(simulator[1]))
+    for metadata in ((("x-request-id", "x" * 100_000),), [("x-more", "x" * 100)] * 1000):
+        failure = await failing(gateway.chat.Chat(request(), metadata=metadata))
+        assert failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert simulator[0].stats.requests == 0
+    assert (await gateway.chat.Chat(request())).choices[0].message.content != ""
+
+
 async def test_an_answer_too_large_to_send_has_a_status_with_details(
     start: Start, simulator: Simulated
 ) -> None:

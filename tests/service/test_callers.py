@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import msgspec
 import pytest
 import trustme
 from google.protobuf.message import Message
@@ -32,6 +33,7 @@ from tokenwire.v1 import (
 )
 from tokenwire_service.config import Caller, Config, Tls
 from tokenwire_service.secret import Digest
+from tokenwire_service.settings import HealthPort
 from tokenwire_service.simulator import Simulator
 
 Simulated = tuple[Simulator, str]
@@ -269,6 +271,26 @@ async def test_tls(start: Start, simulator: Simulated, pki: Pki) -> None:
     async with secure(gateway, trustme.CA()) as channel:
         await unreachable(channel)
     await unreachable(gateway.channel)  # plaintext
+
+
+async def test_probes_that_speak_no_tls_have_a_port_that_answers_nothing_else(
+    start: Start, simulator: Simulated, pki: Pki
+) -> None:
+    plain = msgspec.structs.replace(
+        config(simulator[1], pki.mutual, search()), health=HealthPort(listen="127.0.0.1:0")
+    )
+    gateway = await start(config=plain)
+    async with grpc.aio.insecure_channel(gateway.running.probes) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for service in ("", "tokenwire.v1.ChatService", "liveness"):
+            answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        stub = chat_service_pb2_grpc.ChatServiceStub(channel)
+        failure = await failing(stub.Chat(request(), metadata=bearer()))
+        assert failure.code is Code.UNIMPLEMENTED
+        await gateway.running.health.draining()
+        answer = await health.Check(health_pb2.HealthCheckRequest())
+        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 async def test_mutual_tls_names_the_caller(start: Start, simulator: Simulated, pki: Pki) -> None:

@@ -154,6 +154,22 @@ async def test_a_plain_upstream_is_asked_by_its_whole_address(start: Start, logi
     assert seen[0].startswith("Bearer sk-test-")
 
 
+async def test_variables_for_proxies_are_not_read(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving() as (address, seen), proxying("") as proxy:
+        gateway = await start(upstream(f"http://{address}/v1"))
+        await gateway.chat.Chat(request())  # so that the caller, which reads them, is connected
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy.url)
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        answer = await gateway.chat.Chat(request())
+    assert answer.choices[0].message.content == "hello"
+    assert len(seen) == 2
+    assert proxy.heads == []
+
+
 @pytest.mark.parametrize("login", ["", LOGIN], ids=["open", "with a login"])
 async def test_an_upstream_with_tls_is_reached_through_a_tunnel(
     start: Start,

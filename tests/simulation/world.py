@@ -187,7 +187,7 @@ class World:
         # The gateway makes its own slots; here they are watched.
         self.gateway._admission = _Slots(self, QUEUE, in_flight, config.limits.queue)
         self.servicer = ChatServicer(
-            self.gateway, config, logging.getLogger("simulation"), now=self.now
+            lambda: self.gateway, logging.getLogger("simulation"), now=self.now
         )
 
     def _meet(self, upstream: Upstream) -> None:

@@ -323,7 +323,7 @@ HEADER = "a header name, neither set by the gateway nor for credentials"
 TEXT = "text (in quotes if it looks like something else)"
 FIELDS = (  # in order
     "listen, tls, callers, limits, timeouts, connections, drain, reflection, log, retries, admin, "
-    "status_page, metrics, key_file_interval, upstreams, models"
+    "status_page, health, metrics, key_file_interval, upstreams, models"
 )
 ADMIN = 'host:port of the loopback interface, "[::1]:port" in quotes, unix:/path, or off'
 KEY = "a mapping with env or file (the key itself never stands here)"
@@ -1517,6 +1517,6 @@ def test_what_the_example_calls_defaults_are_defaults() -> None:
     text = EXAMPLE.read_text(encoding="utf-8")
     shared = text[: text.index("\nupstreams:")].replace("format: json", "format: ~")
     shared = shared.replace("listen: 127.0.0.1:50052", "listen: ~")
-    shared = re.sub(r"listen: 127.0.0.1:(?:50053|9464)", "listen: off", shared)
+    shared = re.sub(r"listen: 127.0.0.1:(?:50053|50054|9464)", "listen: off", shared)
     config = load_text(shared, {"OPENAI_API_KEY": "a"})
     assert config == load(None, {"OPENAI_API_KEY": "a"})

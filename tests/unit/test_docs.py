@@ -111,9 +111,9 @@ def layers(block: str) -> list[set[str]]:
     return [set(line.split()) for line in lines]
 
 
-def test_decisions_are_numbered_without_gap_or_collision() -> None:
+def test_each_decision_has_a_number_of_its_own() -> None:
     pages = sorted((ROOT / "docs" / "adr").glob("*.md"))
     numbers = [int(page.name[:4]) for page in pages]
-    assert numbers == list(range(1, len(pages) + 1))
+    assert len(set(numbers)) == len(numbers)
     for page, number in zip(pages, numbers, strict=True):
         assert page.read_text(encoding="utf-8").startswith(f"# {number}. ")

@@ -122,6 +122,30 @@ def test_other_upstreams_and_entries_keep_theirs() -> None:
     assert [texts(change) for change in changes] == [["sk-env", "sk-2"], ["sk-9", "sk-2"]]
 
 
+def test_another_configuration_leaves_what_was_settled_and_the_ids() -> None:
+    files = files_of(upstream("u", (A, "sk-1 sk-2"), id="k"))
+    settle(files, "sk-2\nsk-3")
+    assert files.see(look("sk-2\nsk-")) == []  # it is being written, just now
+    (found,) = files.replace([upstream("u", (A, "sk-2 sk-"), id="k")])
+    assert [(k.id, k.secret.reveal()) for k in found.keys] == [("k-2", "sk-2"), ("k-1", "sk-3")]
+    (change,) = settle(files, "sk-2\nsk-4")
+    assert texts(change) == ["sk-2", "sk-4"]
+
+
+def test_a_key_that_is_named_otherwise_has_its_new_name() -> None:
+    files = files_of(upstream("u", (A, "sk-1 sk-2"), id="k"))
+    (found,) = files.replace([upstream("u", (A, "sk-1 sk-2"), id="team")])
+    assert [key.id for key in found.keys] == ["team-1", "team-2"]
+
+
+def test_files_come_and_go_with_the_configuration() -> None:
+    files = files_of(upstream("u", (A, "sk-1")))
+    files.replace([upstream("u", (B, "sk-2")), upstream("v", (None, "sk-3"))])
+    assert files.paths == (B,)
+    (change,) = settle(files, "sk-4", B)
+    assert texts(change) == ["sk-4"]
+
+
 def test_a_file_named_twice_is_one_file() -> None:
     files = files_of(upstream("u", (A, "sk-1"), (A, "sk-1")))
     assert files.paths == (A,)

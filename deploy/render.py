@@ -1,0 +1,46 @@
+"""Renders the chart as Helm does, without a cluster: values in, manifests out.
+
+    python deploy/render.py < requests.json > answers.json
+
+Reads a JSON list of values, each as it would stand in a values file, and answers with a list as
+long: {"manifests": text of each template by its name} or {"error": why it cannot be rendered}. Runs
+in the environment of `make setup-deploy`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import helm_python
+
+CHART = Path(__file__).parent / "chart" / "tokenwire"
+
+
+def render(
+    values: dict[str, Any], chart: Path = CHART, name: str = "tokenwire", namespace: str = "default"
+) -> dict[str, str]:
+    """The text of each template that renders to something, by its file's name. Raises
+    helm_python.HelmError, also where the values do not fit values.schema.json."""
+    with helm_python.Chart.load(chart) as loaded:
+        loaded.validate_schema(values)
+        rendered = loaded.render(values, name=name, namespace=namespace)
+    return {Path(path).name: text for path, text in sorted(rendered.items()) if text.strip()}
+
+
+def main() -> None:
+    """Answers what standard input asks; a chart may be named in place of the project's own."""
+    chart = Path(sys.argv[1]) if len(sys.argv) > 1 else CHART
+    answers: list[dict[str, Any]] = []
+    for values in json.load(sys.stdin):
+        try:
+            answers.append({"manifests": render(values, chart)})
+        except helm_python.HelmError as error:
+            answers.append({"error": str(error)})
+    json.dump(answers, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,429 @@
+"""What the chart renders: valid, restricted, consistent, and every value of it means something."""
+
+from __future__ import annotations
+
+import copy
+import filecmp
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deploy.tools import CHART, ROOT, answered, kube_score, program, rendered, run, tool
+from tokenwire_service.config import Config, check
+
+ON: dict[str, Any] = {
+    "autoscaling": {"inFlight": {"enabled": True}},
+    "redis": {"enabled": True},
+    "monitoring": {"enabled": True},
+    "grpcRoute": {"enabled": True},
+    "image": {"pullSecrets": ["registry"]},
+    "envFromSecrets": ["tokens"],
+    "env": [{"name": "EXTRA", "value": "1"}],
+}
+VERSIONS = ("1.32", "1.37")  # the oldest and the newest of which there are schemas
+FOREIGN = {"ServiceMonitor", "PrometheusRule", "GRPCRoute"}  # defined by others: no schemas
+BASE = ROOT / "deploy/kustomize/base"
+ALERTS = "groups: [{name: tokenwire, rules: [{alert: Down, expr: up == 0}]}]\n"
+
+
+def objects(manifests: dict[str, str]) -> list[dict[str, Any]]:
+    texts = [text for name, text in manifests.items() if name != "NOTES.txt"]
+    return [one for text in texts for one in yaml.safe_load_all(text) if one]
+
+
+def only(manifests: dict[str, str], kind: str) -> dict[str, Any]:
+    (found,) = [one for one in objects(manifests) if one["kind"] == kind]
+    return found
+
+
+def pod_of(manifests: dict[str, str]) -> dict[str, Any]:
+    pod: dict[str, Any] = only(manifests, "Deployment")["spec"]["template"]
+    return pod
+
+
+@pytest.fixture(scope="module")
+def both() -> list[dict[str, str]]:
+    """With the default values, and with all that can be switched on."""
+    return rendered({}, ON)
+
+
+@pytest.fixture
+def with_alerts(tmp_path: Path) -> Path:
+    """A copy of the chart with a file of alert rules."""
+    chart = tmp_path / "tokenwire"
+    shutil.copytree(CHART, chart)
+    (chart / "files").mkdir(exist_ok=True)
+    (chart / "files/alerts.yaml").write_text(ALERTS)
+    return chart
+
+
+# --- it is what Kubernetes takes --------------------------------------------------------
+
+
+def test_helm_finds_nothing_to_complain_of() -> None:
+    lint = (
+        "import helm_python.chart as chart, json, sys;"
+        "json.dump(chart.lint(sys.argv[1], json.load(sys.stdin), strict=True), sys.stdout)"
+    )
+    for values in ({}, ON):
+        report = json.loads(run(tool("python"), "-c", lint, CHART, stdin=json.dumps(values)))
+        told = [message["error"] for message in report["messages"]]
+        assert report["errors"] == []
+        assert told == ["icon is recommended"]  # there is none
+
+
+def test_every_object_fits_the_schemas_of_kubernetes(
+    both: list[dict[str, str]], tmp_path: Path
+) -> None:
+    validate = tool("kubernetes-validate")
+    files = []
+    for number, manifests in enumerate(both):
+        for one in objects(manifests):
+            if one["kind"] not in FOREIGN:
+                path = tmp_path / f"{number}-{one['kind']}-{one['metadata']['name']}.yaml"
+                path.write_text(yaml.safe_dump(one))
+                files.append(path)
+    versions = [part for version in VERSIONS for part in ("-k", version)]
+    said = run(validate, "--strict", *versions, *files)
+    assert said.count(" passed ") == len(files) * len(VERSIONS)
+    kinds = {one["kind"] for one in objects(both[1])}
+    assert kinds >= FOREIGN - {"PrometheusRule"} | {"HorizontalPodAutoscaler", "NetworkPolicy"}
+
+
+# What kube-score would have otherwise, and why it is not so.
+_NOT_KEPT = {
+    "container-image-pull-policy",  # a tag or a digest names one image for good
+    "deployment-has-host-podantiaffinity",  # topologySpreadConstraints do that
+}
+
+
+def test_kube_score_finds_nothing(both: list[dict[str, str]], tmp_path: Path) -> None:
+    for number, manifests in enumerate(both):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(yaml.safe_dump_all(objects(manifests)))
+        ignored = [part for name in sorted(_NOT_KEPT) for part in ("--ignore-test", name)]
+        said = run(
+            kube_score(),
+            *("score", "--output-format", "ci", "--exit-one-on-warning"),
+            # A process that is throttled holds up every stream that it carries.
+            "--ignore-container-cpu-limit",
+            *("--kubernetes-version", f"v{VERSIONS[0]}"),
+            *ignored,
+            path,
+        )
+        assert said.count("[OK] tokenwire apps/v1/Deployment") >= 10
+
+
+def test_pods_keep_the_restricted_standard(both: list[dict[str, str]]) -> None:
+    for manifests in both:
+        spec = pod_of(manifests)["spec"]
+        assert not spec.keys() & {"hostNetwork", "hostPID", "hostIPC", "initContainers"}
+        assert {kind for volume in spec["volumes"] for kind in volume} == {
+            "name",
+            "configMap",
+            "secret",
+        }
+        (container,) = spec["containers"]
+        assert all("hostPort" not in port for port in container["ports"])
+        for context in (spec["securityContext"], container["securityContext"]):
+            assert context["runAsNonRoot"] is True
+            assert context["runAsUser"] == context["runAsGroup"] == 65532
+            assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+        context = container["securityContext"]
+        assert context["allowPrivilegeEscalation"] is False
+        assert context["readOnlyRootFilesystem"] is True
+        assert context["capabilities"] == {"drop": ["ALL"]}
+        assert spec["automountServiceAccountToken"] is False
+        assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
+        assert "memory" in container["resources"]["limits"]
+
+
+def test_what_names_another_object_finds_it(both: list[dict[str, str]]) -> None:
+    for manifests in both:
+        everything = objects(manifests)
+        named = {(one["kind"], one["metadata"]["name"]) for one in everything}
+        pod = pod_of(manifests)
+        labels, spec = pod["metadata"]["labels"], pod["spec"]
+        (container,) = spec["containers"]
+        ports = {port["name"] for port in container["ports"]}
+        selectors = []
+        for one in everything:
+            match one["kind"]:
+                case "Service":
+                    selectors.append(one["spec"]["selector"])
+                    assert {port["targetPort"] for port in one["spec"]["ports"]} <= ports
+                case "Deployment" | "PodDisruptionBudget":
+                    selectors.append(one["spec"]["selector"]["matchLabels"])
+                case "NetworkPolicy":
+                    selectors.append(one["spec"]["podSelector"]["matchLabels"])
+                    rules = one["spec"]["ingress"]
+                    assert {p["port"] for rule in rules for p in rule["ports"]} == ports
+                case "HorizontalPodAutoscaler":
+                    target = one["spec"]["scaleTargetRef"]
+                    assert (target["kind"], target["name"]) in named
+                    assert "replicas" not in only(manifests, "Deployment")["spec"]
+                case "GRPCRoute":
+                    (rule,) = one["spec"]["rules"]
+                    (backend,) = rule["backendRefs"]
+                    assert ("Service", backend["name"]) in named
+                case "ServiceMonitor":
+                    wanted = one["spec"]["selector"]["matchLabels"].items()
+                    (monitored,) = [
+                        service
+                        for service in everything
+                        if service["kind"] == "Service"
+                        and wanted <= service["metadata"]["labels"].items()
+                        and any(port["name"] == "metrics" for port in service["spec"]["ports"])
+                    ]
+                    assert monitored["spec"].get("clusterIP") != "None"
+        assert len(selectors) >= 4
+        assert all(selector.items() <= labels.items() for selector in selectors)
+        assert ("ServiceAccount", spec["serviceAccountName"]) in named
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in spec["volumes"]}
+        (config,) = [volume["configMap"] for volume in spec["volumes"] if "configMap" in volume]
+        assert ("ConfigMap", config["name"]) in named
+        probes = [
+            container[f"{name}Probe"]["grpc"] for name in ("startup", "readiness", "liveness")
+        ]
+        assert {probe["port"] for probe in probes} == {50051}
+        assert len({probe["service"] for probe in probes}) == 3
+
+
+def test_one_service_has_an_address_and_one_is_for_clients_that_balance() -> None:
+    (manifests,) = rendered({})
+    services = {
+        one["metadata"]["name"]: one["spec"].get("clusterIP")
+        for one in objects(manifests)
+        if one["kind"] == "Service"
+    }
+    assert services == {"tokenwire": None, "tokenwire-headless": "None"}
+
+
+def test_alert_rules_of_a_file_become_a_rule(with_alerts: Path) -> None:
+    (manifests,) = rendered({"monitoring": {"enabled": True}}, chart=with_alerts)
+    assert only(manifests, "PrometheusRule")["spec"] == yaml.safe_load(ALERTS)
+
+
+# --- values -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("drain", "seconds"),
+    [
+        (None, 5 + 120 + 10),
+        ({}, 5 + 120 + 10),
+        ({"grace": "10m"}, 5 + 600 + 10),
+        ({"propagation": "0s", "grace": "0s"}, 10),
+        ({"propagation": "1m30s", "grace": "1h"}, 90 + 3600 + 10),
+        ({"propagation": "500ms", "grace": "1.2s"}, 2 + 10),
+    ],
+)
+def test_the_kill_comes_after_the_drain(drain: dict[str, str] | None, seconds: int) -> None:
+    config = yaml.safe_dump({"drain": drain} if drain is not None else {"reflection": False})
+    (manifests,) = rendered({"config": config})
+    assert pod_of(manifests)["spec"]["terminationGracePeriodSeconds"] == seconds
+    scale_down = only(manifests, "HorizontalPodAutoscaler")["spec"]["behavior"]["scaleDown"]
+    assert scale_down["policies"][0]["periodSeconds"] == min(seconds, 1800)
+
+
+def test_without_a_drain_in_the_file_the_chart_reckons_with_the_gateways_own() -> None:
+    drain = Config().drain
+    (manifests,) = rendered({"config": "{}", "terminationMarginSeconds": 3})
+    seconds = pod_of(manifests)["spec"]["terminationGracePeriodSeconds"]
+    assert seconds == drain.propagation + drain.grace + 3
+
+
+def test_ports_and_protocol_follow_the_configuration() -> None:
+    secured = """
+        tls: {certificate: /tls/tls.crt, key: /tls/tls.key}
+        health: {listen: "0.0.0.0:50054"}
+        metrics: {listen: "0.0.0.0:9999"}
+    """
+    for config, probed, protocol, metrics in (
+        ("{}", 50051, "kubernetes.io/h2c", []),
+        (secured, 50054, "https", [9999]),
+        ('{metrics: {listen: "off"}, health: {listen: "off"}}', 50051, "kubernetes.io/h2c", []),
+    ):
+        (manifests,) = rendered({"config": config})
+        (container,) = pod_of(manifests)["spec"]["containers"]
+        for name in ("startup", "readiness", "liveness"):
+            assert container[f"{name}Probe"]["grpc"]["port"] == probed
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        assert list(ports.values()) == [50051, *metrics]
+        services = [one for one in objects(manifests) if one["kind"] == "Service"]
+        exposed = [port for service in services for port in service["spec"]["ports"]]
+        assert {p["appProtocol"] for p in exposed if p["name"] == "grpc"} == {protocol}
+        assert [p["port"] for p in exposed if p["name"] == "metrics"] == metrics
+        ingress = only(manifests, "NetworkPolicy")["spec"]["ingress"]
+        opened = [port["port"] for rule in ingress for port in rule["ports"]]
+        assert opened == list(ports)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"replica": 2}, "replica"),
+        ({"port": "grpc"}, "port"),
+        ({"config": {"upstreams": {}}}, "config"),
+        ({"image": {"digest": "latest"}}, "digest"),
+        ({"secretMounts": [{"secret": "s", "path": "relative"}]}, "path"),
+        ({"config": "drain: {grace: forever}"}, "config.drain: got forever"),
+        ({"config": "drain: ["}, "config: not YAML"),
+        ({"config": "tls: {certificate: a, key: b}"}, "config: with tls it needs health"),
+        ({"config": "{}", "monitoring": {"enabled": True}}, "monitoring.enabled: config opens no"),
+        ({"autoscaling": {"cpuPerPod": ""}}, "neither cpuPerPod nor inFlight"),
+    ],
+)
+def test_a_wrong_value_is_refused_and_named(values: dict[str, Any], told: str) -> None:
+    (answer,) = answered(values)
+    assert told in answer["error"]
+
+
+def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from leaves(inner, (*path, name))
+    else:
+        yield path, value
+
+
+# Where a value of its kind will not do.
+OTHERS: dict[str, Any] = {
+    "image.digest": "sha256:" + "a" * 64,
+    "image.pullPolicy": "Always",
+    "autoscaling.cpuPerPod": "800m",
+    "image.pullSecrets": ["x"],
+    "envFromSecrets": ["x"],
+    "env": [{"name": "X", "value": "1"}],
+    "config": 'metrics: {listen: "0.0.0.0:9465"}',
+    "monitoring.interval": "16s",
+    "networkPolicy.egress": [{"to": [{"podSelector": {}}]}],
+    "networkPolicy.httpsExcept": ["10.0.0.0/8"],
+    "redis.to": [{"podSelector": {}}],
+    "networkPolicy.collectors": [{"podSelector": {}}],
+    "grpcRoute.parentRefs": [{"name": "other"}],
+    "grpcRoute.hostnames": ["x"],
+    "tolerations": [{"key": "x"}],
+    "topologyKeys": ["x"],
+    "secretMounts": [{"secret": "x", "path": "/x"}],
+    "podDisruptionBudget.maxUnavailable": "50%",
+}
+
+
+def another(path: str, value: Any) -> Any:
+    """A value of the same kind that is not the same."""
+    if path in OTHERS:
+        return OTHERS[path]
+    match value:
+        case bool():
+            return not value
+        case int():
+            return value + 1
+        case str():
+            return value + "x"
+        case list():
+            return []
+        case dict() if not value:
+            return {"k": "v"}
+    raise AssertionError(f"{path} needs a row in OTHERS")
+
+
+def test_every_value_makes_a_difference(with_alerts: Path) -> None:
+    defaults = yaml.safe_load((CHART / "values.yaml").read_text())
+    on = copy.deepcopy(defaults)
+    for section in ("redis", "monitoring", "grpcRoute"):
+        on[section]["enabled"] = True
+    on["autoscaling"]["inFlight"]["enabled"] = True
+    fixed = copy.deepcopy(on)
+    fixed["autoscaling"]["enabled"] = False  # only then `replicas` speaks
+    paths, changed = [], []
+    for path, _ in leaves(defaults):
+        values = copy.deepcopy(fixed if path == ("replicas",) else on)
+        at = values
+        for name in path[:-1]:
+            at = at[name]
+        at[path[-1]] = another(".".join(path), at[path[-1]])
+        paths.append(".".join(path))
+        changed.append(values)
+    before, before_fixed, *after = rendered(on, fixed, *changed, chart=with_alerts)
+    without = [
+        path
+        for path, manifests in zip(paths, after, strict=True)
+        if manifests == (before_fixed if path == "replicas" else before)
+    ]
+    assert without == []
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    assert schema["properties"].keys() - {"global"} == defaults.keys()
+
+
+def test_the_page_tells_of_every_value() -> None:
+    defaults = yaml.safe_load((CHART / "values.yaml").read_text())
+    page = (ROOT / "docs/kubernetes.md").read_text()
+    assert [name for name in defaults if f"`{name}" not in page] == []
+
+
+# --- the gateway takes what it is given -------------------------------------------------
+
+
+def summary(config: str, keys: str, folder: Path) -> tuple[int, str]:
+    """What `tokenwire check-config` says, with files of keys in place of mounted Secrets."""
+    mounted = folder / "keys"
+    mounted.mkdir()
+    for name in ("openai", "local"):
+        (mounted / name).write_text("sk-test-abcdefgh\n")
+    path = folder / "tokenwire.yaml"
+    path.write_text(config.replace(keys, str(mounted)))
+    said = io.StringIO()
+    return check(path, {}, said), said.getvalue()
+
+
+def test_the_configuration_passes_check_config(both: list[dict[str, str]], tmp_path: Path) -> None:
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    data = only(both[0], "ConfigMap")["data"]
+    assert data.keys() == {"tokenwire.yaml"}
+    assert data["tokenwire.yaml"].strip() == values["config"].strip()
+    code, said = summary(data["tokenwire.yaml"], values["secretMounts"][0]["path"], tmp_path)
+    assert code == 0, said
+    (container,) = pod_of(both[0])["spec"]["containers"]
+    variables = {variable["name"]: variable["value"] for variable in container["env"]}
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert variables["TOKENWIRE_CONFIG"] == f"{mounts['config']}/tokenwire.yaml"
+    assert mounts["secret-0"] == values["secretMounts"][0]["path"]
+
+
+def test_the_examples_configuration_passes_check_config(tmp_path: Path) -> None:
+    text = (ROOT / "deploy/kustomize/example/tokenwire.yaml").read_text()
+    code, said = summary(text, "/etc/tokenwire/keys", tmp_path)
+    assert code == 0, said
+
+
+# --- kustomize --------------------------------------------------------------------------
+
+
+def test_the_base_is_what_make_manifests_writes(tmp_path: Path) -> None:
+    run(tool("python"), ROOT / "deploy/manifests.py", tmp_path)
+    compared = filecmp.dircmp(tmp_path, BASE)
+    differing = (compared.left_only, compared.right_only, compared.diff_files)
+    assert differing == ([], [], []), "run 'make manifests' and commit it"
+
+
+def test_the_example_of_an_overlay_builds() -> None:
+    kubectl = program("kubectl", "help (kubectl comes from elsewhere)")
+    built = list(yaml.safe_load_all(run(kubectl, "kustomize", ROOT / "deploy/kustomize/example")))
+    (deployment,) = [one for one in built if one["kind"] == "Deployment"]
+    (config,) = [one for one in built if one["kind"] == "ConfigMap"]
+    assert {one["metadata"]["namespace"] for one in built} == {"llm"}
+    (scaler,) = [one for one in built if one["kind"] == "HorizontalPodAutoscaler"]
+    assert scaler["spec"]["minReplicas"] == 5
+    spec = deployment["spec"]["template"]["spec"]
+    assert spec["containers"][0]["image"] == "registry.example.com/tokenwire:0.1.0"
+    (used,) = [volume["configMap"] for volume in spec["volumes"] if "configMap" in volume]
+    assert used["name"] == config["metadata"]["name"] != "tokenwire"  # a new file, a new name
+    assert "helm.sh/chart" not in json.dumps(built)
