@@ -24,6 +24,7 @@ from tokenwire_service.errors import TIMER, Fault, GatewayError, UpstreamFault
 from tokenwire_service.folding import Fold, unfolded
 from tokenwire_service.keyring import FIRST_COOLDOWN
 from tokenwire_service.layouts import estimate, so_far
+from tokenwire_service.looplag import LoopLag
 from tokenwire_service.pool import Pool
 from tokenwire_service.relay import HEARTBEAT_SECONDS, Outbox, Relayed, Write, text_bytes
 from tokenwire_service.retry import Backoff, RetryBudget
@@ -124,6 +125,7 @@ class Gateway:
         relayed: Relayed | None = None,
         now: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        lag: LoopLag | None = None,
         before: Gateway | None = None,
     ) -> None:
         self.config = config
@@ -131,6 +133,7 @@ class Gateway:
         self._clients = {name: pool.client for name, pool in pools.items()}
         self._heartbeat = heartbeat
         self._relayed = relayed
+        self.lag = lag or LoopLag(now)
         self._now = now
         retries, limits = config.retries, config.limits
         if before is None:
@@ -283,6 +286,8 @@ class Gateway:
                         self._attempts.accepted(attempt)
                         plan.pool.look()
                     await sink.send(stops.apply(events), answer.pieces)
+                    if self.lag.hold:
+                        await answer.rest(self.lag.hold, self._sleep)
                 tail = answer.finish()
                 complete = True
                 if tail[0].WhichOneof("event") == "header":
@@ -331,6 +336,8 @@ class Gateway:
         to what went wrong what was tried."""
         if self._running.closed or not call.accepted:
             self.refuse_if_draining()
+        if not call.accepted:
+            self._refuse_if_late()
         seconds = call.deadline - self._now()
         if seconds <= 0:
             raise self._out_of_time(call)
@@ -357,6 +364,17 @@ class Gateway:
         for timer in self._running.timers:
             if not timer.expired():  # at its deadline already, at this very moment
                 timer.reschedule(asyncio.get_running_loop().time())
+
+    def _refuse_if_late(self) -> None:
+        """Raises GATEWAY_OVERLOADED while the event loop runs so late that one call more would
+        slow down all that run."""
+        if self.lag.seconds > self.config.limits.loop_lag:
+            raise GatewayError(
+                error_reason_pb2.ERROR_REASON_GATEWAY_OVERLOADED,
+                f"this instance runs {self.lag.seconds * 1000:.0f} ms late",
+                retry_after=FIRST_COOLDOWN,
+                retry_helps=True,
+            )
 
     def refuse_if_draining(self) -> None:
         """Raises GATEWAY_DRAINING once this instance takes nothing new."""

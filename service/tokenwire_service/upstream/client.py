@@ -13,7 +13,7 @@ import contextlib
 import ssl
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -424,6 +424,18 @@ class Answer:
                     Fault.PROTOCOL, f"more than {self._limit} bytes without any text"
                 )
         return None
+
+    async def rest(self, seconds: float, sleep: Callable[[float], Awaitable[None]]) -> None:
+        """Reads nothing for a while: what arrives stays in the kernel, and wakes nobody."""
+        connection = self._response.connection
+        protocol = None if connection is None else connection.protocol
+        if protocol is None:
+            return  # all of it is here
+        protocol.pause_reading()
+        try:
+            await sleep(seconds)
+        finally:
+            protocol.resume_reading()
 
     def close(self) -> None:
         """No more is read."""
