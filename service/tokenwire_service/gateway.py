@@ -287,7 +287,7 @@ class Gateway:
                         plan.pool.look()
                     await sink.send(stops.apply(events), answer.pieces)
                     if self.lag.hold:
-                        await answer.rest(self.lag.hold, self._sleep)
+                        await answer.rest(self.lag.hold)
                 tail = answer.finish()
                 complete = True
                 if tail[0].WhichOneof("event") == "header":

@@ -13,7 +13,7 @@ import contextlib
 import ssl
 import time
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -425,7 +425,7 @@ class Answer:
                 )
         return None
 
-    async def rest(self, seconds: float, sleep: Callable[[float], Awaitable[None]]) -> None:
+    async def rest(self, seconds: float) -> None:
         """Reads nothing for a while: what arrives stays in the kernel, and wakes nobody."""
         connection = self._response.connection
         protocol = None if connection is None else connection.protocol
@@ -433,7 +433,7 @@ class Answer:
             return  # all of it is here
         protocol.pause_reading()
         try:
-            await sleep(seconds)
+            await asyncio.sleep(seconds)
         finally:
             protocol.resume_reading()
 
