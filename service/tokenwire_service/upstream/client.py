@@ -13,10 +13,10 @@ import contextlib
 import ssl
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
@@ -45,6 +45,7 @@ class Progress:
     for: a connection that never served before, after one that had died in the pool."""
 
     fresh: bool = False
+    headers: Mapping[str, str] = field(default_factory=dict)  # sent beside the request's own
     http_status: int = 0
     first_byte_at: float = 0.0
     reused_connection: bool = False
@@ -162,6 +163,7 @@ class UpstreamClient:
         headers = {
             **self.upstream.headers,
             **encoded.headers,
+            **progress.headers,
             **encoded.dialect.headers(lease.key, lease.organization),
             "Accept-Encoding": "identity",
         }
