@@ -62,6 +62,7 @@ import java.util.logging.Handler;
 import java.util.logging.Level;
 import java.util.logging.LogRecord;
 import java.util.logging.Logger;
+import java.util.stream.IntStream;
 import java.util.stream.Stream;
 import java.util.stream.StreamSupport;
 import org.junit.jupiter.api.AfterEach;
@@ -347,6 +348,38 @@ class ClientTest {
       assertTrue(e.isRetryable());
     }
     assertEquals(1, gateway.calls().size(), "what has begun is never repeated");
+  }
+
+  @Test
+  void aReaderThatIsFarBehindGetsAllThatCameBeforeTheError() {
+    String[] deltas =
+        IntStream.range(0, 48).mapToObj(i -> i + "x".repeat(64 * 1024)).toArray(String[]::new);
+    Failure cut = Failure.of("UPSTREAM_STREAM_INTERRUPTED");
+    gateway.fail(cut, deltas).fail(cut, deltas);
+    List<String> seen = new ArrayList<>();
+    TokenwireException e =
+        assertThrows(
+            TokenwireException.class,
+            () -> client.stream(HI).texts().forEach(text -> slowly(seen, text)));
+    assertEquals(List.of(deltas), seen);
+    assertEquals(String.join("", deltas), e.partialText());
+    seen.clear();
+    CompletableFuture<?> whole =
+        client
+            .streamAsync(HI)
+            .forEach(
+                event -> slowly(seen, event.kind() == ChatEvent.Kind.DELTA ? event.text() : ""));
+    assertThrows(CompletionException.class, whole::join);
+    assertEquals(String.join("", deltas), String.join("", seen));
+  }
+
+  private static void slowly(List<String> seen, String text) {
+    seen.add(text);
+    try {
+      Thread.sleep(5);
+    } catch (InterruptedException e) {
+      throw new AssertionError(e);
+    }
   }
 
   @Test
