@@ -103,6 +103,12 @@ setup-monitoring: ## Install Prometheus and build the OpenTelemetry Collector, t
 	@command -v promtool >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends prometheus >/dev/null; } \
 		$(call missing,Prometheus cannot be installed)
 
+# A Redis for tests/shared. Debian's package, which only root installs.
+.PHONY: setup-redis
+setup-redis: ## Install redis-server, which the tests of shared state run
+	@command -v redis-server valkey-server >/dev/null || { apt-get update -qq && apt-get install -qq --yes --no-install-recommends redis-server >/dev/null; } \
+		$(call missing,redis-server cannot be installed)
+
 .PHONY: screenshots
 screenshots: $(BIN)/.complete ## Draw the pictures of the status page in docs/images anew
 	@TOKENWIRE_SCREENSHOTS=$(CURDIR)/docs/images CI=1 $(BIN)/pytest tests/page -k picture
@@ -199,7 +205,9 @@ test-idle: ## Test that a silent stream lives for 120 s with the default options
 
 .PHONY: package
 package: $(BIN)/.complete $(CONTRACT)/.complete ## Build what is published: wheels, Go module, jars, crate, npm tarball, into build/
+	@rm -rf build/wheels
 	@$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation ./clients/python ./service -w build/wheels
+	@$(BIN)/python clients/python/outside/check.py build/wheels build/outside-python
 	@$(call in-clients,package)
 
 # --- contract -----------------------------------------------------------------------
@@ -255,7 +263,7 @@ check: $(BIN)/.complete $(CONTRACT)/.complete check-contract ## Everything CI ch
 BESIDE := --numprocesses 3 --dist worksteal
 
 .PHONY: test
-test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete $(if $(CI),setup-wire setup-page setup-monitoring setup-deploy setup-image setup-bench build/servers/litellm/.complete) ## Run every test (ARGS="-k name" narrows)
+test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete $(if $(CI),setup-wire setup-page setup-redis setup-monitoring setup-deploy setup-image setup-bench build/servers/litellm/.complete) ## Run every test (ARGS="-k name" narrows)
 	$(BIN)/pytest $(or $(ARGS),$(BESIDE) --ignore tests/simulation)
 	$(if $(ARGS),,$(BIN)/pytest tests/simulation)
 	@$(if $(ARGS),,$(call in-clients,test))

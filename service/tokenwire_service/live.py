@@ -23,7 +23,9 @@ from tokenwire_service.counters import Counters
 from tokenwire_service.gateway import Gateway
 from tokenwire_service.keyfiles import FileUnusable, FileUsable, KeyFiles
 from tokenwire_service.keyring import KeyRing
+from tokenwire_service.looplag import LoopLag
 from tokenwire_service.pool import Pool
+from tokenwire_service.quotas import Quotas
 from tokenwire_service.relay import HEARTBEAT_SECONDS, Relayed
 from tokenwire_service.retry import Backoff
 from tokenwire_service.secret import Scrubber
@@ -47,7 +49,8 @@ class Taken:
 
 class Live:
     """`config` is in force now; `gateway` is for calls that begin now. `pools` is always the same
-    mapping, by upstream. `scrub`: what keeps keys out of the log; it learns of new ones."""
+    mapping, by upstream. `scrub`: what keeps keys out of the log; it learns of new ones. `quotas`:
+    limits that replicas share."""
 
     def __init__(
         self,
@@ -59,6 +62,8 @@ class Live:
         *,
         heartbeat: float = HEARTBEAT_SECONDS,
         relayed: Relayed | None = None,
+        lag: LoopLag | None = None,
+        quotas: Quotas | None = None,
     ) -> None:
         self.config = config
         self._observer = observer
@@ -67,11 +72,12 @@ class Live:
         self._logger = logger
         self._heartbeat = heartbeat
         self._relayed = relayed
+        self._lag = lag
         self._dialect = chooser()
         self._pools: dict[str, Pool] = {}
         self.files = KeyFiles(config.upstreams)
         self.counter = TokenCounter(config.limits.tokenizer_bytes)
-        self.callers = Callers(config.callers)
+        self.callers = Callers(config.callers, quotas=quotas)
         for upstream in config.upstreams:
             self._pools[upstream.name] = self._pool(upstream, config)
         self.gateway = self._gateway(config, None)
@@ -151,6 +157,7 @@ class Live:
             backoff=Backoff(config.retries.backoff, config.retries.backoff_cap),
             heartbeat=self._heartbeat,
             relayed=self._relayed,
+            lag=self._lag,
             before=before,
         )
 
