@@ -189,8 +189,8 @@ async def test_slots_queues_and_drops(start: Start) -> None:
     assert found("upstream_in_flight_calls", upstream="test") == 2
     assert found("upstream_slots", upstream="test") == 2
     assert found("upstream_queued_calls", upstream="test") == 1
-    assert found("drops_total", queue="upstream", upstream="test") == 1
-    assert found("drops_total", queue="gateway", upstream="") == 0
+    assert found("drops_total", cause="upstream", upstream="test") == 1
+    assert found("drops_total", cause="gateway", upstream="") == 0
     assert (
         sum(found("key_in_flight_requests", upstream="test", key=key) for key in ("k1", "k2")) == 2
     )
