@@ -153,7 +153,7 @@ async def serving(
         scrub = scrub or log_scrubber()
         labels = Labels(config, scrub)
         metrics = _metrics(config, labels)
-        otlp = _otlp(config, labels, scrub)
+        otlp = _otlp(config, labels, scrub, logger)
         wanted: list[Observer | None] = [observer or LogObserver(logger), counters, recent, metrics]
         if otlp is not None:
             stack.push_async_callback(otlp.close)  # last of all: what ends now is told, too
@@ -408,13 +408,13 @@ def _relayed(recent: Recent, metrics: Observed | None) -> Relayed:
     return relayed
 
 
-def _otlp(config: Config, labels: Labels, scrub: Scrubber) -> Otlp | None:
+def _otlp(config: Config, labels: Labels, scrub: Scrubber, logger: logging.Logger) -> Otlp | None:
     """Who tells the collector; None where there is none."""
     if config.otlp.endpoint is None:
         return None
     from tokenwire_service import otlp  # takes a while to load, and some MiB
 
-    return otlp.Otlp(config.otlp, labels, scrub)
+    return otlp.Otlp(config.otlp, labels, scrub, logger)
 
 
 async def _metrics_page(
