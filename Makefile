@@ -99,11 +99,20 @@ setup-page: ## Install Chromium, which the tests of the status page look through
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium fonts-dejavu-core >/dev/null; } \
 		$(call missing,Chromium cannot be installed)
 
-# Prometheus and its promtool for tests/monitoring. Debian's package, which only root installs.
+# For tests/monitoring: Prometheus and its promtool, Debian's package, which only root installs; the
+# OpenTelemetry Collector with the two parts that are needed. go sees itself what has changed.
 .PHONY: setup-monitoring
-setup-monitoring: ## Install Prometheus, which reads a gateway in the tests of deploy/monitoring
+setup-monitoring: ## Install Prometheus and build the OpenTelemetry Collector, to which tests report
+	@(cd tests/monitoring/collector && GOFLAGS="-mod=readonly -buildvcs=false" nice go build -p 2 -ldflags="-s -w" -o "$(CURDIR)/build/monitoring/otelcol" .) \
+		$(call missing,go cannot build the collector of tests/monitoring/collector)
 	@command -v promtool >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends prometheus >/dev/null; } \
 		$(call missing,Prometheus cannot be installed)
+
+# A Redis for tests/shared. Debian's package, which only root installs.
+.PHONY: setup-redis
+setup-redis: ## Install redis-server, which the tests of shared state run
+	@command -v redis-server valkey-server >/dev/null || { apt-get update -qq && apt-get install -qq --yes --no-install-recommends redis-server >/dev/null; } \
+		$(call missing,redis-server cannot be installed)
 
 .PHONY: screenshots
 screenshots: $(BIN)/.complete ## Draw the pictures of the status page in docs/images anew
@@ -248,7 +257,7 @@ check: $(BIN)/.complete $(CONTRACT)/.complete check-contract ## Everything CI ch
 BESIDE := --numprocesses 3 --dist worksteal
 
 .PHONY: test
-test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete $(if $(CI),setup-wire setup-page setup-monitoring setup-deploy setup-image setup-bench build/servers/litellm/.complete) ## Run every test (ARGS="-k name" narrows)
+test: $(BIN)/.complete $(CONTRACT)/.complete build/npm/.complete $(if $(CI),setup-wire setup-page setup-redis setup-monitoring setup-deploy setup-image setup-bench build/servers/litellm/.complete) ## Run every test (ARGS="-k name" narrows)
 	$(BIN)/pytest $(or $(ARGS),$(BESIDE) --ignore tests/simulation)
 	$(if $(ARGS),,$(BIN)/pytest tests/simulation)
 	@$(if $(ARGS),,$(call in-clients,test))

@@ -1,7 +1,8 @@
 """Writes deploy/kustomize/base: the chart with its default values, as kustomize wants it.
 
 The chart is the one source. What is Helm's own goes: two labels, and the checksum by which pods are
-replaced when the configuration changes; kustomize's generator does that with the ConfigMap's name.
+replaced when the configuration changes in what needs a restart; kustomize's generator does that for
+any change, by the ConfigMap's name.
 `make manifests` runs it; a test finds a base that is not what it would write.
 
     python deploy/manifests.py FOLDER
@@ -17,12 +18,14 @@ import yaml
 from render import render
 
 _HEADER = "# Written by `make manifests` from deploy/chart/tokenwire: not edited by hand.\n"
-_HELMS = re.compile(r"^ *(helm\.sh/chart|app\.kubernetes\.io/managed-by):.*\n", re.MULTILINE)
+_HELMS = re.compile(
+    r"^ *(helm\.sh/chart|app\.kubernetes\.io/managed-by|checksum/config):.*\n", re.MULTILINE
+)
 
 
 def base() -> dict[str, str]:
     """The text of each file, by its name."""
-    manifests = render({"rollOnConfigChange": False})
+    manifests = render({})
     (config,) = yaml.safe_load_all(manifests.pop("configmap.yaml"))
     del manifests["NOTES.txt"]
     files = {

@@ -19,24 +19,21 @@ import helm_python
 CHART = Path(__file__).parent / "chart" / "tokenwire"
 
 
-def render(
-    values: dict[str, Any], chart: Path = CHART, name: str = "tokenwire", namespace: str = "default"
-) -> dict[str, str]:
-    """The text of each template that renders to something, by its file's name. Raises
-    helm_python.HelmError, also where the values do not fit values.schema.json."""
-    with helm_python.Chart.load(chart) as loaded:
+def render(values: dict[str, Any]) -> dict[str, str]:
+    """The text of each template that renders to something, by its file's name, for a release called
+    tokenwire. Raises helm_python.HelmError, also where the values do not fit values.schema.json."""
+    with helm_python.Chart.load(CHART) as loaded:
         loaded.validate_schema(values)
-        rendered = loaded.render(values, name=name, namespace=namespace)
+        rendered = loaded.render(values, name="tokenwire", namespace="default")
     return {Path(path).name: text for path, text in sorted(rendered.items()) if text.strip()}
 
 
 def main() -> None:
-    """Answers what standard input asks; a chart may be named in place of the project's own."""
-    chart = Path(sys.argv[1]) if len(sys.argv) > 1 else CHART
+    """Answers what standard input asks."""
     answers: list[dict[str, Any]] = []
     for values in json.load(sys.stdin):
         try:
-            answers.append({"manifests": render(values, chart)})
+            answers.append({"manifests": render(values)})
         except helm_python.HelmError as error:
             answers.append({"error": str(error)})
     json.dump(answers, sys.stdout)

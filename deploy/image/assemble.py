@@ -35,9 +35,6 @@ _UNUSED_EXTENSIONS = re.compile(
 )
 _INSTALLERS = re.compile(r"(pip|setuptools|pkg_resources|_distutils_hack|distutils-precedence)\b")
 
-# A C library asks for these by name while it runs, so that no file says that it needs them.
-_ASKED_FOR_LATER = ("libgcc_s.so.1",)  # by pthread_cancel and by whoever unwinds a stack
-
 # `files` first: without this file glibc asks the network even for localhost.
 _ETC = {
     "etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
@@ -139,7 +136,7 @@ def copy_app(packages: Path, root: Path) -> Path:
     return target
 
 
-def copy_libraries(root: Path, also: Iterable[str] = _ASKED_FOR_LATER) -> None:
+def copy_libraries(root: Path, also: Iterable[str] = ()) -> None:
     """The shared libraries that the binaries in `root` load and that are not in `root` yet, and
     those beside the C library that `also` names; with what Debian notes of their packages, where
     scanners look for it."""

@@ -35,7 +35,7 @@ from tokenwire_service.pool import Pool
 from tokenwire_service.relay import Outbox
 from tokenwire_service.retry import Backoff, RetryBudget
 from tokenwire_service.secret import Scrubber, Secret
-from tokenwire_service.telemetry import ABANDONED, AttemptEvent, Observer
+from tokenwire_service.telemetry import ABANDONED, AttemptEvent, AttemptSpan, CallSpan, Observer
 from tokenwire_service.upstream.client import Progress, UpstreamClient
 from tokenwire_service.upstream.dialect import Encoded, Route
 from tokenwire_service.wording import SAYINGS, printable, proto_path, said
@@ -63,6 +63,7 @@ class Call:
     key_seconds: float = 0.0  # waiting for keys
     backoff_seconds: float = 0.0  # between attempts
     first_token_at: float | None = None  # of a stream
+    span: CallSpan | None = None  # where the RPC is traced
 
 
 @dataclass
@@ -100,6 +101,7 @@ class Attempt:
     waited: float  # seconds for its key
     outbox: Outbox | None = None
     accepted: bool = False  # the upstream has begun to answer
+    span: AttemptSpan | None = None
 
     @property
     def committed(self) -> bool:
@@ -148,6 +150,9 @@ class Attempts:
             # One connection died in the pool; so may have its neighbours.
             progress = Progress(fresh=plan.seen[Fault.STALE_CONNECTION] > 0)
             attempt = Attempt(plan, lease, progress, self._now(), record, number, waited)
+            if call.span is not None:
+                attempt.span = call.span.attempt(plan.route, plan.encoded, call.chat, plan.streams)
+                progress.headers = attempt.span.headers
             try:
                 answer = await use(attempt)
                 self._succeeded(call, attempt)
@@ -337,6 +342,8 @@ class Attempts:
         attempt.record.http_status = attempt.progress.http_status
         attempt.record.duration.FromNanoseconds(int(seconds * 1e9))
         header.attempts.extend(call.attempts)
+        if attempt.span is not None:
+            attempt.span.answered(header)
 
     def accepted(self, attempt: Attempt) -> None:
         """The upstream answers this request, though its stream may go on for long."""
@@ -384,28 +391,30 @@ class Attempts:
         record, progress, outbox = attempt.record, attempt.progress, attempt.outbox
         usage = self._usage(call, attempt) or chat_pb2.Usage()
         first_token_at = outbox.first_delta_at if outbox is not None else None
-        self._observer.attempt(
-            AttemptEvent(
-                call.request_id,
-                record.upstream,
-                attempt.plan.route.model_name,
-                record.key_id,
-                record.http_status or progress.http_status,
-                fault,
-                code,
-                self._now() - attempt.started,
-                usage.prompt_tokens,
-                usage.completion_tokens,
-                usage.estimated,
-                number=attempt.number,
-                reason=reason_name(record.error_reason),
-                committed=attempt.committed,
-                reused_connection=progress.reused_connection,
-                key_seconds=attempt.waited,
-                first_byte_seconds=_since(attempt.started, progress.first_byte_at or None),
-                first_token_seconds=_since(attempt.started, first_token_at),
-            )
+        event = AttemptEvent(
+            call.request_id,
+            record.upstream,
+            attempt.plan.route.model_name,
+            record.key_id,
+            record.http_status or progress.http_status,
+            fault,
+            code,
+            self._now() - attempt.started,
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            usage.estimated,
+            number=attempt.number,
+            reason=reason_name(record.error_reason),
+            committed=attempt.committed,
+            reused_connection=progress.reused_connection,
+            key_seconds=attempt.waited,
+            first_byte_seconds=_since(attempt.started, progress.first_byte_at or None),
+            first_token_seconds=_since(attempt.started, first_token_at),
+            trace_id="" if call.span is None else call.span.trace_id,
         )
+        self._observer.attempt(event)
+        if attempt.span is not None:
+            attempt.span.end(event)
 
 
 class Stopwatch:

@@ -1,7 +1,8 @@
 """Who calls: whom a token or certificate stands for, which models it may ask, and how much.
 
-Decides at once on the state it finds. It fails closed: where callers are configured, nobody else
-is served. Times are monotonic seconds but for the day of a budget, which is a calendar day in UTC.
+Decides at once on the state it finds, or has Redis decide where replicas share limits. It fails
+closed: where callers are configured, nobody else is served. Times are monotonic seconds but for the
+day of a budget, which is a calendar day in UTC.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from tokenwire.v1 import error_reason_pb2
 from tokenwire_service.config import Caller
 from tokenwire_service.errors import GatewayError
 from tokenwire_service.keyring import MinuteWindow, window
+from tokenwire_service.quotas import Grant, Limits, Quotas, Refusal
 from tokenwire_service.secret import Digest
+from tokenwire_service.store import AwayError
 
 _DAY = 86_400.0  # seconds
 _SOON = 1.0  # seconds: when a slot of one's own may be free again, which nobody knows
@@ -39,6 +42,7 @@ class Tenant:
         self,
         caller: Caller | None = None,
         *,
+        quotas: Quotas | None = None,
         now: Callable[[], float] = time.monotonic,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -47,6 +51,8 @@ class Tenant:
         self._in_flight = 0
         self._requests: MinuteWindow | None = None
         self._tokens: MinuteWindow | None = None
+        self._shared = quotas
+        self._limits = Limits()
         self._spent_today = 0
         self._today = 0
         self.change(caller)
@@ -57,6 +63,17 @@ class Tenant:
         if caller is not None:
             self._requests = window(self._requests, caller.requests_per_minute)
             self._tokens = window(self._tokens, caller.tokens_per_minute)
+            self._limits = Limits(
+                caller.requests_per_minute,
+                caller.tokens_per_minute,
+                caller.in_flight,
+                caller.tokens_per_day,
+            )
+
+    @property
+    def _quotas(self) -> Quotas | None:
+        """Where its limits are shared; None where it has none."""
+        return self._shared if self._limits else None
 
     @property
     def name(self) -> str:
@@ -83,9 +100,34 @@ class Tenant:
                 resource=("model", model[:200]),
             )
 
+    async def reserve(self, tokens: int) -> Grant | None:
+        """What one chat takes of the limits that replicas share, for `admitted`, which must follow
+        at once; None where nothing is shared, or while that is away and on_failure is open.
+
+        Raises CALLER_QUOTA_EXCEEDED, and GATEWAY_OVERLOADED while it is away and on_failure is
+        closed.
+        """
+        if self._quotas is None or self._caller is None:
+            return None
+        self._refuse(self._caller, tokens)  # its share here alone is too much: nobody need be asked
+        try:
+            found = await self._quotas.reserve(self._subject, self._limits, tokens)
+        except AwayError:
+            if not self._quotas.closed:
+                return None
+            raise GatewayError(
+                error_reason_pb2.ERROR_REASON_GATEWAY_OVERLOADED,
+                f"the limits of caller {self.name} cannot be looked up now",
+                retry_after=_SOON,
+                retry_helps=True,
+            ) from None
+        if isinstance(found, Refusal):
+            raise self._over(self._words(found.limit), found.retry_after or _SOON)
+        return found
+
     @contextlib.contextmanager
-    def admitted(self, tokens: int) -> Iterator[Spending]:
-        """Counts one chat, expected to cost so many `tokens`, while it runs.
+    def admitted(self, tokens: int, grant: Grant | None = None) -> Iterator[Spending]:
+        """Counts one chat, expected to cost so many `tokens`, while it runs. `grant`: of `reserve`.
 
         Raises CALLER_QUOTA_EXCEEDED with the seconds until it would be admitted.
         """
@@ -93,7 +135,10 @@ class Tenant:
         if caller is None:
             yield Spending(lambda _: None)
             return
-        self._refuse(caller, tokens)
+        if grant is None:
+            self._refuse(caller, tokens)
+            if self._quotas is not None:
+                grant = self._quotas.take(self._subject, self._limits, tokens)
         now = self._now()
         if self._requests is not None:
             self._requests.spend(now, 1)
@@ -111,27 +156,31 @@ class Tenant:
             if self._day() == day:
                 self._spent_today += real - counted
             counted = real
+            if grant is not None:
+                grant.settle(real)
 
         self._in_flight += 1
         try:
             yield Spending(correct)
         finally:
             self._in_flight -= 1
+            if grant is not None:
+                grant.close()
 
     def _refuse(self, caller: Caller, tokens: int) -> None:
         now = self._now()
         limit = caller.in_flight
         if limit is not None and self._in_flight >= limit:
-            raise self._over(f"{limit} chats at once", _SOON)
+            raise self._over(self._words("in_flight"), _SOON)
         if self._requests is not None and (at := self._requests.opens_at(now, 1)) > now:
-            raise self._over(f"{caller.requests_per_minute} chats a minute", at - now)
+            raise self._over(self._words("requests"), at - now)
         if self._tokens is not None and (at := self._tokens.opens_at(now, tokens)) > now:
-            raise self._over(f"{caller.tokens_per_minute} tokens a minute", at - now)
+            raise self._over(self._words("tokens"), at - now)
         if caller.tokens_per_day is not None:
             day = self._day()
             if self._spent_today >= caller.tokens_per_day:
                 rest = (day + 1) * _DAY - self._clock()
-                raise self._over(f"{caller.tokens_per_day} tokens a day", rest)
+                raise self._over(self._words("day"), rest)
 
     def _day(self) -> int:
         """Today, in days since 1970; a new one begins with nothing spent."""
@@ -139,6 +188,19 @@ class Tenant:
         if today > self._today:  # a clock that is put back gives nobody a second budget
             self._today, self._spent_today = today, 0
         return self._today
+
+    @property
+    def _subject(self) -> str:
+        return f"caller:{self.name}"
+
+    def _words(self, limit: str) -> str:
+        limits = self._limits
+        return {
+            "in_flight": f"{limits.in_flight} chats at once",
+            "requests": f"{limits.requests_per_minute} chats a minute",
+            "tokens": f"{limits.tokens_per_minute} tokens a minute",
+            "day": f"{limits.tokens_per_day} tokens a day",
+        }[limit]
 
     def _over(self, what: str, retry_after: float) -> GatewayError:
         return GatewayError(
@@ -157,9 +219,11 @@ class Callers:
         self,
         callers: Sequence[Caller],
         *,
+        quotas: Quotas | None = None,
         now: Callable[[], float] = time.monotonic,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        self._quotas = quotas
         self._now = now
         self._clock = clock
         self._tenants: dict[str, Tenant] = {}
@@ -172,7 +236,9 @@ class Callers:
         self._by_token: list[tuple[Digest, Tenant]] = []
         self._by_certificate: dict[str, Tenant] = {}
         for caller in callers:
-            tenant = before.get(caller.name) or Tenant(now=self._now, clock=self._clock)
+            tenant = before.get(caller.name) or Tenant(
+                quotas=self._quotas, now=self._now, clock=self._clock
+            )
             tenant.change(caller)
             self._tenants[caller.name] = tenant
             self._by_token += [(token, tenant) for token in caller.tokens]

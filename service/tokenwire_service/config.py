@@ -42,6 +42,7 @@ from tokenwire_service.settings import (
     Model,
     Organization,
     OrganizationSource,
+    Redis,
     Retries,
     Timeouts,
     Tls,
@@ -68,6 +69,7 @@ __all__ = [
     "Limits",
     "Log",
     "Model",
+    "Redis",
     "Retries",
     "Secret",
     "Timeouts",
@@ -157,6 +159,7 @@ class _Loading:
             config,
             listen=self._listen(listen, config.listen),
             tls=self._absolute(config.tls),
+            redis=self._with_password(config.redis),
             upstreams=tuple(self._with_proxy(self._with_entries(each)) for each in upstreams),
         )
         config = msgspec.structs.replace(config, models=tuple(self._models(config)))
@@ -339,6 +342,30 @@ class _Loading:
             certificate=str(folder / tls.certificate),
             key=str(folder / tls.key),
             client_authorities=str(folder / authorities) if authorities else None,
+        )
+
+    def _with_password(self, redis: Redis | None) -> Redis | None:
+        """With the password that a variable holds, and paths made whole."""
+        if redis is None:
+            return None
+        authorities, place = redis.certificate_authorities, ("redis",)
+        if authorities and isinstance(redis.url, str) and not redis.url.startswith("rediss:"):
+            where, expected = (*place, "certificate_authorities"), "none, or a url with rediss://"
+            self._reader.problem(where, "a file where there is no TLS", expected)
+        elif authorities and self._path is not None:
+            authorities = str(self._path.parent / authorities)
+            self._check_authorities(authorities, (*place, "certificate_authorities"))
+        password = None
+        if redis.password_env:
+            password = self._variable(redis.password_env)
+            if not password:
+                state = "empty" if redis.password_env in self._environ else "not set"
+                got = f"{redis.password_env}, which is {state}"
+                self._reader.problem((*place, "password_env"), got, "a variable with a value")
+        return msgspec.structs.replace(
+            redis,
+            certificate_authorities=authorities,
+            password=Secret(password) if password else None,
         )
 
     def _with_entries(self, upstream: Upstream) -> Upstream:
@@ -566,11 +593,14 @@ class _Loading:
             self._reader.problem(("tls",), got, expected)
         if tls.client_authorities is None:
             return
+        self._check_authorities(tls.client_authorities, ("tls", "client_authorities"))
+
+    def _check_authorities(self, path: str, place: Place) -> None:
         try:
-            context.load_verify_locations(tls.client_authorities)
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(path)
         except (OSError, ValueError) as error:
             got = f"a file that cannot be used ({_reason(error)})"
-            self._reader.problem(("tls", "client_authorities"), got, "certificates, PEM")
+            self._reader.problem(place, got, "certificates, PEM")
 
     def _check_azure(self, upstream: Upstream, models: list[Model]) -> None:
         if not any(_language(upstream, model)[0] == "azure" for model in (None, *models)):
@@ -630,6 +660,8 @@ def _summary(config: Config) -> Iterator[str]:
         yield f"health     {config.health.listen}"
     if config.metrics.listen != ADMIN_OFF:
         yield f"metrics    {config.metrics.listen}"
+    if config.otlp.endpoint is not None:
+        yield f"otlp       {config.otlp.endpoint}"
     if config.needs_simulator:
         yield "upstreams  none: no file, and no OPENAI_API_KEY; serve starts the simulator"
     for upstream in config.upstreams:

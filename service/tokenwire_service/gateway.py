@@ -253,6 +253,8 @@ class Gateway:
         response = await plan.client.fetch(plan.encoded, attempt.lease, attempt.progress)
         self._attempts.fill(response.header, call, attempt)
         cut(response, plan.encoded.stop)
+        if attempt.span is not None:
+            attempt.span.finished(choice.finish_reason for choice in response.choices)
         if response.HasField("usage"):
             call.usage = attempt.progress.usage = response.usage
         return response
@@ -279,6 +281,9 @@ class Gateway:
                 complete = True
                 if tail[0].WhichOneof("event") == "header":
                     self._attempts.fill(tail[0].header, call, attempt)
+                if attempt.span is not None:
+                    ends = (e.finish for e in tail if e.HasField("finish"))
+                    attempt.span.finished(end.finish_reason for end in ends)
                 await sink.finish(stops.apply(tail))
             finally:
                 usage = answer.usage

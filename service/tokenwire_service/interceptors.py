@@ -23,7 +23,7 @@ from tokenwire.v1 import chat_pb2, error_reason_pb2
 from tokenwire_service.attempts import Call
 from tokenwire_service.callers import Callers, Tenant
 from tokenwire_service.errors import GatewayError, Violation, invalid
-from tokenwire_service.telemetry import CallEvent, Observer
+from tokenwire_service.telemetry import CallEvent, CallSpan, Observer, Tracer
 from tokenwire_service.wording import printable
 
 _PREFIX = "/tokenwire.v1."
@@ -61,6 +61,7 @@ class CallContext:
         self.queue_seconds = self.key_seconds = self.backoff_seconds = 0.0
         self.first_token_seconds: float | None = None
         self.upstream = self.key_id = ""  # of the last attempt
+        self.span: CallSpan | None = None  # where the RPC is traced
 
     def account(self, call: Call) -> None:
         """Adds what one call of the RPC cost."""
@@ -123,9 +124,11 @@ class Boundary(grpc.aio.ServerInterceptor):
         max_message_bytes: int,
         *,
         callers: Callers | None = None,
+        tracer: Tracer | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._callers = callers or Callers(())
+        self._tracer = tracer
         self._observer = observer
         self._logger = logger
         self._max_message_bytes = max_message_bytes
@@ -176,6 +179,8 @@ class Boundary(grpc.aio.ServerInterceptor):
         # Any: grpc types handlers as sync ones, or as generators.
         async def wrapped(request: Any, context: Context) -> Any:
             call = CallContext(context, request_id, self._now(), self._max_message_bytes)
+            if self._tracer is not None:
+                call.span = self._tracer.call(method.removeprefix("/"), metadata)
             self._began(context)
             context.set_trailing_metadata((("x-request-id", request_id),))
             answer = None
@@ -247,30 +252,32 @@ class Boundary(grpc.aio.ServerInterceptor):
         return internal_error()
 
     def _ended(self, call: CallContext, method: str, code: str, reason: str, message: str) -> None:
-        self._observer.call(
-            CallEvent(
-                call.request_id,
-                method.removeprefix("/"),
-                code,
-                reason,
-                message,
-                call.model,
-                call.attempts,
-                call.usage.prompt_tokens,
-                call.usage.completion_tokens,
-                call.usage.estimated,
-                self._now() - call.started,
-                call.labels,
-                call.tenant.name,
-                upstream=call.upstream,
-                key_id=call.key_id,
-                retries=call.retries,
-                queue_seconds=call.queue_seconds,
-                key_seconds=call.key_seconds,
-                backoff_seconds=call.backoff_seconds,
-                first_token_seconds=call.first_token_seconds,
-            )
+        event = CallEvent(
+            call.request_id,
+            method.removeprefix("/"),
+            code,
+            reason,
+            message,
+            call.model,
+            call.attempts,
+            call.usage.prompt_tokens,
+            call.usage.completion_tokens,
+            call.usage.estimated,
+            self._now() - call.started,
+            call.labels,
+            call.tenant.name,
+            upstream=call.upstream,
+            key_id=call.key_id,
+            retries=call.retries,
+            queue_seconds=call.queue_seconds,
+            key_seconds=call.key_seconds,
+            backoff_seconds=call.backoff_seconds,
+            first_token_seconds=call.first_token_seconds,
+            trace_id="" if call.span is None else call.span.trace_id,
         )
+        self._observer.call(event)
+        if call.span is not None:
+            call.span.end(event)
 
 
 def callers_cancel() -> bool:

@@ -24,6 +24,7 @@ from tokenwire_service.gateway import Gateway
 from tokenwire_service.keyfiles import FileUnusable, FileUsable, KeyFiles
 from tokenwire_service.keyring import KeyRing
 from tokenwire_service.pool import Pool
+from tokenwire_service.quotas import Quotas
 from tokenwire_service.relay import HEARTBEAT_SECONDS, Relayed
 from tokenwire_service.retry import Backoff
 from tokenwire_service.secret import Scrubber
@@ -47,7 +48,8 @@ class Taken:
 
 class Live:
     """`config` is in force now; `gateway` is for calls that begin now. `pools` is always the same
-    mapping, by upstream. `scrub`: what keeps keys out of the log; it learns of new ones."""
+    mapping, by upstream. `scrub`: what keeps keys out of the log; it learns of new ones. `quotas`:
+    limits that replicas share."""
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class Live:
         *,
         heartbeat: float = HEARTBEAT_SECONDS,
         relayed: Relayed | None = None,
+        quotas: Quotas | None = None,
     ) -> None:
         self.config = config
         self._observer = observer
@@ -71,7 +74,7 @@ class Live:
         self._pools: dict[str, Pool] = {}
         self.files = KeyFiles(config.upstreams)
         self.counter = TokenCounter(config.limits.tokenizer_bytes)
-        self.callers = Callers(config.callers)
+        self.callers = Callers(config.callers, quotas=quotas)
         for upstream in config.upstreams:
             self._pools[upstream.name] = self._pool(upstream, config)
         self.gateway = self._gateway(config, None)

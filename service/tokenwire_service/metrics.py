@@ -1,8 +1,7 @@
 """The gateway in Prometheus' terms: events are counted as they come, state is read at each scrape.
 
-Labels are bounded. Callers, upstreams and keys are those of the configuration; a model's name that
-is not configured becomes a label only once an upstream has answered for it, and only so many do:
-callers may invent names for ever. docs/metrics.md lists every metric.
+Labels are bounded: callers, upstreams and keys are those of the configuration, and labels.py says
+which names of models there are. docs/metrics.md lists every metric.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import math
 import time
 from bisect import bisect_left
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from typing import Protocol
 
@@ -27,16 +26,14 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 
 from tokenwire_service import __version__
-from tokenwire_service.config import Config
 from tokenwire_service.counters import Counters
 from tokenwire_service.gateway import Gateway
 from tokenwire_service.keyfiles import KeyFiles
+from tokenwire_service.labels import Labels
 from tokenwire_service.pool import Pool
-from tokenwire_service.secret import Scrubber
 from tokenwire_service.snapshot import RingView, State
-from tokenwire_service.telemetry import ABANDONED, AttemptEvent, CallEvent
+from tokenwire_service.telemetry import ABANDONED, SPANS, AttemptEvent, CallEvent
 
-OTHER = "other"  # the label of every model's name that has earned none of its own
 _OK = "ok"  # the outcome of an attempt that was answered
 
 # Upper bounds in seconds: those that OpenTelemetry's conventions for gen_ai advise, and longer
@@ -66,37 +63,14 @@ _WAITS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _CHATS = frozenset({"tokenwire.v1.ChatService/Chat", "tokenwire.v1.ChatService/StreamChat"})
 
 
-class _Names:
-    """Which names may be the label of a series."""
-
-    def __init__(self, known: Iterable[str], most: int, scrub: Scrubber) -> None:
-        self._known = set(known)
-        self._room = most
-        self._scrub = scrub
-
-    def label(self, name: str, *, answered: bool) -> str:
-        """The name itself if it is configured, or among the first that an upstream has answered
-        for; empty for none."""
-        if not name or name in self._known:
-            return name
-        if not answered or self._room <= 0 or self._scrub(name) != name:
-            return OTHER
-        self._room -= 1
-        self._known.add(name)
-        return name
-
-
 class Observed:
     """An observer that counts what happens. What it costs is per attempt and per call; of streams
     while they run only `relayed`."""
 
-    def __init__(self, config: Config, scrub: Scrubber) -> None:
+    def __init__(self, labels: Labels) -> None:
         # Seconds of creation, a second series beside each: of no use to who takes rates.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
-        most = config.metrics.model_names
-        asked = (name for model in config.models for name in (model.name, *model.aliases))
-        self._asked = _Names(asked, most, scrub)
-        self._sent = _Names((model.upstream_model for model in config.models), most, scrub)
+        self._labels = labels
         self.registry = registry = CollectorRegistry()
         self._rpcs = Counter(
             "tokenwire_rpcs",
@@ -181,7 +155,7 @@ class Observed:
     def attempt(self, event: AttemptEvent) -> None:
         """Counts it."""
         answered = not event.fault
-        model = self._sent.label(event.model, answered=answered)
+        model = self._labels.sent.label(event.model, answered=answered)
         upstream = event.upstream
         self._attempts.labels(upstream, model, event.fault or _OK).inc()
         self._attempt_seconds.labels(upstream).observe(event.seconds)
@@ -204,7 +178,7 @@ class Observed:
             self._key_seconds.observe(event.key_seconds)
         self._backoff_seconds.inc(event.backoff_seconds)
         if event.first_token_seconds is not None:
-            model = self._asked.label(event.model, answered=event.code == "OK")
+            model = self._labels.asked.label(event.model, answered=event.code == "OK")
             self._first_token.labels(event.upstream, model).observe(event.first_token_seconds)
         if event.prompt_tokens:
             self._caller_tokens.labels(event.caller, "prompt").inc(event.prompt_tokens)
@@ -249,7 +223,8 @@ class ConfigState(Protocol):
 
 class Standing:
     """A collector: how the gateway stands at the moment of a scrape. Read in the event loop and
-    without an await, so that what it tells belongs together. `now`: monotonic seconds."""
+    without an await, so that what it tells belongs together. `spans`: how many were sent, failed
+    to be, and were dropped. `now`: monotonic seconds."""
 
     def __init__(
         self,
@@ -259,6 +234,7 @@ class Standing:
         files: KeyFiles,
         revision: ConfigState,
         *,
+        spans: Callable[[], Mapping[str, int]] = dict,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._gateway = gateway
@@ -266,6 +242,7 @@ class Standing:
         self._counters = counters
         self._files = files
         self._revision = revision
+        self._spans = spans
         self._now = now
 
     def collect(self) -> Iterator[Metric]:
@@ -300,6 +277,12 @@ class Standing:
             "Configurations that were not taken.",
             value=self._revision.failures,
         )
+        spans = CounterMetricFamily(
+            "tokenwire_otlp_spans", "Spans for the OTLP collector.", labels=("outcome",)
+        )
+        for outcome, count in {**dict.fromkeys(SPANS, 0), **self._spans()}.items():
+            spans.add_metric((outcome,), count)
+        yield spans
 
     def _upstreams(self, rings: Mapping[str, RingView]) -> Iterator[Metric]:
         drops = CounterMetricFamily(
@@ -326,8 +309,8 @@ class Standing:
                 (each.scope.value, each.state.value, each.fault.value if each.fault else "")
                 for each in (*ring.closures, *(c for key in ring.keys for c in key.closures))
             )
-            for labels, count in sorted(found.items()):
-                closures.add_metric((upstream, *labels), count)
+            for why, count in sorted(found.items()):
+                closures.add_metric((upstream, *why), count)
         yield closures
 
     def _keys(self, rings: Mapping[str, RingView], now: float) -> Iterator[Metric]:
@@ -364,19 +347,19 @@ class Standing:
             for each in State:
                 number.add_metric((upstream, each.value), states[each])
             for key in ring.keys:
-                labels = (upstream, key.id)
+                whose = (upstream, key.id)
                 for each in State:
-                    state.add_metric((*labels, each.value), key.state is each)
-                in_flight.add_metric(labels, key.in_flight)
+                    state.add_metric((*whose, each.value), key.state is each)
+                in_flight.add_metric(whose, key.in_flight)
                 closed = (c.until for c in (*key.closures, *ring.closures) if c.model is None)
-                opens.add_metric(labels, max(0.0, max(closed, default=-math.inf) - now))
+                opens.add_metric(whose, max(0.0, max(closed, default=-math.inf) - now))
                 count = self._counters.key(upstream, key.id)
-                attempts.add_metric((*labels, _OK), count.successes)
-                attempts.add_metric((*labels, ABANDONED), count.abandoned)
+                attempts.add_metric((*whose, _OK), count.successes)
+                attempts.add_metric((*whose, ABANDONED), count.abandoned)
                 for fault, times in sorted(count.faults.items()):
-                    attempts.add_metric((*labels, fault), times)
-                tokens.add_metric((*labels, "prompt"), count.prompt_tokens)
-                tokens.add_metric((*labels, "completion"), count.completion_tokens)
+                    attempts.add_metric((*whose, fault), times)
+                tokens.add_metric((*whose, "prompt"), count.prompt_tokens)
+                tokens.add_metric((*whose, "completion"), count.completion_tokens)
         yield from (number, state, in_flight, opens, attempts, tokens)
 
 

@@ -26,7 +26,7 @@ from tokenwire.v1 import (
     tokenizer_service_pb2,
     tokenizer_service_pb2_grpc,
 )
-from tokenwire_service import keyfiles, reload
+from tokenwire_service import keyfiles, reload, sharing
 from tokenwire_service.admin import AdminServicer
 from tokenwire_service.certificates import Certificates
 from tokenwire_service.config import Config
@@ -34,6 +34,7 @@ from tokenwire_service.counters import Counters
 from tokenwire_service.gateway import Gateway
 from tokenwire_service.health import HEALTH_SERVICE, Health
 from tokenwire_service.interceptors import Boundary
+from tokenwire_service.labels import Labels
 from tokenwire_service.live import Live
 from tokenwire_service.pool import Pool
 from tokenwire_service.recent import Recent
@@ -47,6 +48,7 @@ from tokenwire_service.upstream.client import UpstreamClient
 
 if TYPE_CHECKING:
     from tokenwire_service.metrics import Observed
+    from tokenwire_service.otlp import Otlp
 
 SERVICES = (
     chat_service_pb2.DESCRIPTOR.services_by_name["ChatService"].full_name,
@@ -140,13 +142,15 @@ async def serving(
         counters = Counters()
         recent = Recent(lambda: gateway.in_flight)
         scrub = scrub or log_scrubber()
-        metrics = _metrics(config, scrub)
-        observer = Observers(
-            observer or LogObserver(logger),
-            counters,
-            recent,
-            *(() if metrics is None else (metrics,)),
-        )
+        labels = Labels(config, scrub)
+        metrics = _metrics(config, labels)
+        otlp = _otlp(config, labels, scrub)
+        wanted: list[Observer | None] = [observer or LogObserver(logger), counters, recent, metrics]
+        if otlp is not None:
+            stack.push_async_callback(otlp.close)  # last of all: what ends now is told, too
+            wanted.append(otlp.observer)
+        observer = Observers(*(each for each in wanted if each is not None))
+        quotas = await stack.enter_async_context(sharing.started(config.redis, logger))
         live = Live(
             config,
             observer,
@@ -155,11 +159,18 @@ async def serving(
             logger,
             heartbeat=heartbeat,
             relayed=_relayed(recent, metrics),
+            quotas=quotas,
         )
         stack.push_async_callback(live.close)
         gateway = live.gateway
         revision = Revision()
-        boundary = Boundary(observer, logger, config.limits.message_bytes, callers=live.callers)
+        boundary = Boundary(
+            observer,
+            logger,
+            config.limits.message_bytes,
+            callers=live.callers,
+            tracer=None if otlp is None else otlp.tracer,
+        )
         server = grpc.aio.server(
             interceptors=(boundary,),
             options=(
@@ -200,9 +211,9 @@ async def serving(
         exposed = ""
         if metrics is not None:
             exposed = await _metrics_page(
-                metrics, live, counters, revision, config.metrics.listen, logger, stack
+                metrics, otlp, live, counters, revision, config.metrics.listen, logger, stack
             )
-        watches = _Watches(live, boundary, revision, logger)
+        watches = _Watches(live, labels, boundary, revision, logger)
         stack.push_async_callback(watches.end)
         await server.start()
         stack.push_async_callback(server.stop, grace)
@@ -370,13 +381,13 @@ async def _health_port(servicer: Health, config: Config, stack: AsyncExitStack) 
     return address
 
 
-def _metrics(config: Config, scrub: Scrubber) -> Observed | None:
+def _metrics(config: Config, labels: Labels) -> Observed | None:
     """What counts for Prometheus; None where nobody collects it."""
     if config.metrics.listen == ADMIN_OFF:
         return None
     from tokenwire_service import metrics  # takes a while to load, too
 
-    return metrics.Observed(config, scrub)
+    return metrics.Observed(labels)
 
 
 def _relayed(recent: Recent, metrics: Observed | None) -> Relayed:
@@ -391,8 +402,18 @@ def _relayed(recent: Recent, metrics: Observed | None) -> Relayed:
     return relayed
 
 
+def _otlp(config: Config, labels: Labels, scrub: Scrubber) -> Otlp | None:
+    """Who tells the collector; None where there is none."""
+    if config.otlp.endpoint is None:
+        return None
+    from tokenwire_service import otlp  # takes a while to load, and some MiB
+
+    return otlp.Otlp(config.otlp, labels, scrub)
+
+
 async def _metrics_page(
     metrics: Observed,
+    otlp: Otlp | None,
     live: Live,
     counters: Counters,
     revision: Revision,
@@ -405,7 +426,10 @@ async def _metrics_page(
     from tokenwire_service.metrics import Standing, exposition, watch_process
 
     registry = metrics.registry
-    registry.register(Standing(live.gateway, live.pools, counters, live.files, revision))
+    spans: Callable[[], Mapping[str, int]] = dict if otlp is None else otlp.spans
+    registry.register(
+        Standing(live.gateway, live.pools, counters, live.files, revision, spans=spans)
+    )
     watch_process(registry)
     routes = {"/metrics": httplistener.page(lambda accept: exposition(registry, accept))}
     try:
@@ -420,9 +444,15 @@ class _Watches:
     """What looks at files while the server runs."""
 
     def __init__(
-        self, live: Live, boundary: Boundary, revision: Revision, logger: logging.Logger
+        self,
+        live: Live,
+        labels: Labels,
+        boundary: Boundary,
+        revision: Revision,
+        logger: logging.Logger,
     ) -> None:
         self._live = live
+        self._labels = labels
         self._boundary = boundary
         self._revision = revision
         self._logger = logger
@@ -452,6 +482,7 @@ class _Watches:
 
     def _take(self, config: Config) -> tuple[str, ...]:
         taken = self._live.take(config)
+        self._labels.take(self._live.config)
         self._logger.setLevel(self._live.config.log.level.upper())
         if taken.left:
             self._begin(self._close(taken.left))

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from tokenwire.v1 import (
     chat_service_pb2,
@@ -26,6 +26,7 @@ from tokenwire_service.interceptors import (
     rpc_status,
 )
 from tokenwire_service.layouts import estimate
+from tokenwire_service.quotas import Grant
 from tokenwire_service.relay import refusal
 from tokenwire_service.tokens import TokenCounter, tokenizer_for
 from tokenwire_service.upstream.request import turns
@@ -57,7 +58,7 @@ class ChatServicer:
         check(request)
         gateway = self._current()
         call = begin(request, context, gateway.config, self._now)
-        with admitted(call, context):
+        with admitted(call, context, await reserved(call, context)):
             return await gateway.chat(call)
 
     async def StreamChat(  # noqa: N802
@@ -75,7 +76,7 @@ class ChatServicer:
         gateway = self._current()
         call = begin(request.chat, context, gateway.config, self._now)
         try:
-            with admitted(call, context):
+            with admitted(call, context, await reserved(call, context)):
                 await gateway.stream(
                     call,
                     context.write,
@@ -143,7 +144,7 @@ class ChatServicer:
         call.accepted = True
         try:
             check(item.chat)
-            with admitted(call, context):
+            with admitted(call, context, await reserved(call, context)):
                 answer.response.CopyFrom(await gateway.chat(call))
             context.pack(answer)
         except GatewayError as error:
@@ -278,15 +279,22 @@ def begin(
     total = config.timeouts.total
     callers = remaining is not None and remaining <= total
     seconds = remaining if callers and remaining is not None else total
-    return Call(chat, context.request_id, context.started, at + max(0.0, seconds), callers)
+    deadline = at + max(0.0, seconds)
+    return Call(chat, context.request_id, context.started, deadline, callers, span=context.span)
 
 
-@contextmanager
-def admitted(call: Call, context: CallContext) -> Iterator[None]:
-    """Holds one chat to the limits of its caller, and accounts for it when it has ended.
+@dataclass(frozen=True)
+class Reserved:
+    """What one chat is expected to cost, and what it has of the limits that replicas share."""
 
-    Raises CALLER_FORBIDDEN, CALLER_QUOTA_EXCEEDED. What a chat cost that its caller left before
-    anything was known stays as expected: leaving early must not be a way to spend nothing.
+    tokens: int
+    grant: Grant | None
+
+
+async def reserved(call: Call, context: CallContext) -> Reserved:
+    """What `admitted` needs, which must follow at once.
+
+    Raises CALLER_FORBIDDEN, CALLER_QUOTA_EXCEEDED; GATEWAY_OVERLOADED where what is shared is away.
     """
     context.tenant.check(call.chat.model)
     cost = 0
@@ -294,7 +302,17 @@ def admitted(call: Call, context: CallContext) -> Iterator[None]:
         params = call.chat.params
         answer = params.max_completion_tokens * max(1, params.choice_count)
         cost = estimate(call.chat, 0).prompt_tokens + answer
-    with context.tenant.admitted(cost) as spending:
+    return Reserved(cost, await context.tenant.reserve(cost))
+
+
+@contextmanager
+def admitted(call: Call, context: CallContext, has: Reserved) -> Iterator[None]:
+    """Holds one chat to the limits of its caller, and accounts for it when it has ended.
+
+    Raises CALLER_QUOTA_EXCEEDED. What a chat cost that its caller left before anything was known
+    stays as expected: leaving early must not be a way to spend nothing.
+    """
+    with context.tenant.admitted(has.tokens, has.grant) as spending:
         try:
             yield
         except GatewayError as error:

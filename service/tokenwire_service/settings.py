@@ -105,6 +105,17 @@ def _parse_url(value: object) -> str:
     return value.rstrip("/")
 
 
+def _parse_redis_url(value: object) -> str:
+    if isinstance(value, str):
+        if re.fullmatch(r"unix:/[^\s\0?#]{1,100}", value):
+            return value
+        if re.fullmatch(r"rediss?://[^\s@?#/]+(?:/\d{1,5})?", value):
+            parts = urlsplit(value)  # ValueError: brackets that hold no address
+            if parts.hostname and parts.port != 0:
+                return value
+    raise ValueError(value)
+
+
 def _parse_listen(value: object) -> str:
     if isinstance(value, str):
         if re.fullmatch(r"unix:(//)?[^\s\0]{1,100}", value):
@@ -172,6 +183,13 @@ Url = Annotated[
     Meta(
         description="an absolute http or https URL without user name, query or fragment",
         extra={"parse": _parse_url},
+    ),
+]
+RedisUrl = Annotated[
+    str,
+    Meta(
+        description="redis://host:port/number, rediss:// for TLS, or unix:/path, without user name",
+        extra={"parse": _parse_redis_url},
     ),
 ]
 # Names travel in gRPC metadata and metric labels.
@@ -380,6 +398,23 @@ class Metrics(Struct, frozen=True, kw_only=True):
     # Names of models that are not configured and yet have series of their own, the first that
     # upstreams answered for; all others are one series.
     model_names: Annotated[int, _whole(0, 10_000)] = 100
+
+
+class Otlp(Struct, frozen=True, kw_only=True):
+    """Traces and metrics for an OpenTelemetry collector, by OTLP over gRPC."""
+
+    # None: nothing is sent. http is plaintext, https TLS.
+    endpoint: Url | None = None
+    traces: bool = True
+    metrics: bool = True
+    # Share of the traces that begin here; one that a caller began is traced if the caller says so.
+    sampling: Annotated[float, _number(0, 1)] = 1.0
+    # Whether requests to upstreams carry `traceparent`.
+    propagate: bool = True
+    # Spans that wait to be sent; more are dropped.
+    queue: Annotated[int, _whole(1, 1_000_000)] = 4096
+    # Between two sends of the metrics, seconds.
+    interval: Annotated[float, _duration("100ms", "1h")] = 60.0
 
 
 class Retries(Struct, frozen=True, kw_only=True):
@@ -616,6 +651,29 @@ class Caller(Struct, frozen=True, kw_only=True):
     tokens_per_day: Annotated[int, _whole(1, 1_000_000_000_000)] | None = None
 
 
+class Redis(Struct, frozen=True, kw_only=True):
+    """A Redis or Valkey that holds what replicas share."""
+
+    # One server, or what stands for it; no cluster. Its password stands elsewhere.
+    url: RedisUrl
+    # What becomes of those who have limits while it is away: each replica keeps to the limits by
+    # itself, or they are refused.
+    on_failure: Literal["open", "closed"]
+    # None: the user `default`.
+    username: Text | None = None
+    # Environment variable that holds its password. None: it asks for none.
+    password_env: EnvironmentName | None = None
+    password: Annotated[Secret | None, Internal] = None
+    # PEM: who vouches for it. None: whom this machine trusts.
+    certificate_authorities: FilePath | None = None
+    # What the names of all its keys begin with.
+    prefix: Name = "tokenwire"
+    # For one answer, or to connect, seconds; after that it is away.
+    timeout: Annotated[float, _duration("10ms", "10s")] = 0.25
+    # Until what an instance that died had running counts no more, seconds.
+    lease: Annotated[float, _duration("1s", "10m")] = 10.0
+
+
 class Config(Struct, frozen=True, kw_only=True):
     """Everything that can be configured."""
 
@@ -637,6 +695,9 @@ class Config(Struct, frozen=True, kw_only=True):
     status_page: StatusPage = StatusPage()
     health: HealthPort = HealthPort()
     metrics: Metrics = Metrics()
+    otlp: Otlp = Otlp()
+    # None: limits are those of this instance alone.
+    redis: Redis | None = None
     # Between two looks at the configuration and at each file of keys, seconds. A change is taken
     # once two looks in a row have found the same.
     key_file_interval: Annotated[float, _duration("10ms", "1h")] = 1.0

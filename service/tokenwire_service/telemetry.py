@@ -1,6 +1,7 @@
 """What happened, as frozen records: one per attempt and one per call, for whoever observes.
 
-The log is one observer. Records hold key ids, never key material, and no prompt or answer text.
+The log is one observer. A tracer is told of the beginning, too, for what it makes goes to
+upstreams. Records hold key ids, never key material, and no prompt or answer text.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Protocol, TextIO
 
+from tokenwire.v1 import chat_pb2, chat_service_pb2
 from tokenwire_service.secret import Scrubber, Secret
+from tokenwire_service.upstream.dialect import Encoded, Route
 
 # The `fault` of an attempt whose end is not its upstream's doing: the caller left, did not read, or
 # its time was over.
@@ -46,6 +49,7 @@ class AttemptEvent:
     key_seconds: float = 0.0  # waiting for its key, before `seconds`
     first_byte_seconds: float | None = None  # until the answer's head; None: it never came
     first_token_seconds: float | None = None  # until the first delta of a stream
+    trace_id: str = ""  # 32 hexadecimal digits; empty where traces are off
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class CallEvent:
     key_seconds: float = 0.0  # waiting for keys
     backoff_seconds: float = 0.0  # between attempts
     first_token_seconds: float | None = None  # until the first delta of a stream
+    trace_id: str = ""  # as of its attempts
 
 
 class Observer(Protocol):
@@ -83,6 +88,51 @@ class Observer(Protocol):
 
     def call(self, event: CallEvent) -> None:
         """A call ended."""
+
+
+# What becomes of a span: handed to the collector, refused or not reached by it, or never handed
+# over because too many were waiting.
+SPANS = ("sent", "failed", "dropped")
+
+
+class AttemptSpan(Protocol):
+    """One attempt in a distributed trace."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Of the request to the upstream, which may go on with the trace."""
+
+    def answered(self, header: chat_service_pb2.ResponseHeader) -> None:
+        """The upstream has begun to answer."""
+
+    def finished(self, reasons: Iterable[chat_pb2.FinishReason.ValueType]) -> None:
+        """Why each choice of the answer ended."""
+
+    def end(self, event: AttemptEvent) -> None:
+        """It ended."""
+
+
+class CallSpan(Protocol):
+    """One RPC in a distributed trace."""
+
+    @property
+    def trace_id(self) -> str:
+        """32 hexadecimal digits."""
+
+    def attempt(
+        self, route: Route, encoded: Encoded, chat: chat_service_pb2.ChatRequest, streams: bool
+    ) -> AttemptSpan:
+        """An attempt begins. `streams`: whether the upstream is asked for a stream."""
+
+    def end(self, event: CallEvent) -> None:
+        """It ended."""
+
+
+class Tracer(Protocol):
+    """Told of every RPC's beginning."""
+
+    def call(self, method: str, metadata: Sequence[tuple[str, str | bytes]]) -> CallSpan:
+        """An RPC begins. `method`: package.Service/Method. `metadata`: the caller's."""
 
 
 class LogObserver:
@@ -187,7 +237,7 @@ def _escaped(line: str) -> str:
 
 
 # Libraries whose warnings would else go to stderr in a form, and with secrets, of their own.
-_LIBRARIES = ("aiohttp", "asyncio", "grpc")
+_LIBRARIES = ("aiohttp", "asyncio", "grpc", "opentelemetry")
 
 
 def configure_logging(

@@ -6,20 +6,20 @@ import copy
 import filecmp
 import io
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 
 from deploy.tools import CHART, ROOT, answered, kube_score, program, rendered, run, tool
 from tokenwire_service.config import Config, check
+from tokenwire_service.settings import RELOADED
 
 ON: dict[str, Any] = {
     "autoscaling": {"inFlight": {"enabled": True}},
-    "redis": {"enabled": True},
     "monitoring": {"enabled": True},
     "grpcRoute": {"enabled": True},
     "image": {"pullSecrets": ["registry"]},
@@ -29,7 +29,6 @@ ON: dict[str, Any] = {
 VERSIONS = ("1.32", "1.37")  # the oldest and the newest of which there are schemas
 FOREIGN = {"ServiceMonitor", "PrometheusRule", "GRPCRoute"}  # defined by others: no schemas
 BASE = ROOT / "deploy/kustomize/base"
-ALERTS = "groups: [{name: tokenwire, rules: [{alert: Down, expr: up == 0}]}]\n"
 
 
 def objects(manifests: dict[str, str]) -> list[dict[str, Any]]:
@@ -51,16 +50,6 @@ def pod_of(manifests: dict[str, str]) -> dict[str, Any]:
 def both() -> list[dict[str, str]]:
     """With the default values, and with all that can be switched on."""
     return rendered({}, ON)
-
-
-@pytest.fixture
-def with_alerts(tmp_path: Path) -> Path:
-    """A copy of the chart with a file of alert rules."""
-    chart = tmp_path / "tokenwire"
-    shutil.copytree(CHART, chart)
-    (chart / "files").mkdir(exist_ok=True)
-    (chart / "files/alerts.yaml").write_text(ALERTS)
-    return chart
 
 
 # --- it is what Kubernetes takes --------------------------------------------------------
@@ -93,7 +82,7 @@ def test_every_object_fits_the_schemas_of_kubernetes(
     said = run(validate, "--strict", *versions, *files)
     assert said.count(" passed ") == len(files) * len(VERSIONS)
     kinds = {one["kind"] for one in objects(both[1])}
-    assert kinds >= FOREIGN - {"PrometheusRule"} | {"HorizontalPodAutoscaler", "NetworkPolicy"}
+    assert kinds >= FOREIGN | {"HorizontalPodAutoscaler", "NetworkPolicy"}
 
 
 # What kube-score would have otherwise, and why it is not so.
@@ -206,9 +195,17 @@ def test_one_service_has_an_address_and_one_is_for_clients_that_balance() -> Non
     assert services == {"tokenwire": None, "tokenwire-headless": "None"}
 
 
-def test_alert_rules_of_a_file_become_a_rule(with_alerts: Path) -> None:
-    (manifests,) = rendered({"monitoring": {"enabled": True}}, chart=with_alerts)
-    assert only(manifests, "PrometheusRule")["spec"] == yaml.safe_load(ALERTS)
+def test_alerts_and_dashboard_are_those_of_the_monitoring_folder(
+    both: list[dict[str, str]],
+) -> None:
+    folder = ROOT / "deploy/monitoring"
+    rules = yaml.safe_load((folder / "rules.yaml").read_text())
+    assert only(both[1], "PrometheusRule")["spec"] == rules
+    (dashboard,) = [
+        one for one in objects(both[1]) if one["metadata"]["labels"].get("grafana_dashboard") == "1"
+    ]
+    shown = json.loads(dashboard["data"]["tokenwire.json"])
+    assert shown == json.loads((folder / "grafana-dashboard.json").read_text())
 
 
 # --- values -----------------------------------------------------------------------------
@@ -240,6 +237,38 @@ def test_without_a_drain_in_the_file_the_chart_reckons_with_the_gateways_own() -
     assert seconds == drain.propagation + drain.grace + 3
 
 
+# What may stand in a configuration, once more and otherwise.
+_SETTINGS: dict[str, tuple[Any, Any]] = {
+    "drain": ({"grace": "60s"}, {"grace": "60s", "propagation": "5s"}),
+}
+
+
+def test_pods_are_replaced_where_the_configuration_needs_a_restart_and_only_there() -> None:
+    def checksum(manifests: dict[str, str]) -> str:
+        annotations: dict[str, str] = pod_of(manifests)["metadata"]["annotations"]
+        return annotations["checksum/config"]
+
+    split = {path.partition(".")[0] for path in RELOADED if "." in path}
+    fields = {field.name: field.type for field in msgspec.structs.fields(Config)}
+    paths = []
+    for name in fields.keys() - {
+        "warnings",
+        "tls",
+    }:  # no setting; one that wants `health` beside it
+        below = msgspec.structs.fields(fields[name]) if name in split else ()
+        paths += [f"{name}.{field.name}" for field in below] or [name]
+    assert set(paths) >= RELOADED
+    values = [
+        {"config": json.dumps({section: {name: value} if name else value})}
+        for path in paths
+        for section, _, name in [path.partition(".")]
+        for value in _SETTINGS.get(path, ({"listen": "a:1"}, {"listen": "a:2"}))
+    ]
+    answers = [checksum(manifests) for manifests in rendered(*values)]
+    pairs = zip(paths, answers[::2], answers[1::2], strict=True)
+    assert {path for path, one, other in pairs if one == other} == RELOADED
+
+
 def test_ports_and_protocol_follow_the_configuration() -> None:
     secured = """
         tls: {certificate: /tls/tls.crt, key: /tls/tls.key}
@@ -264,6 +293,32 @@ def test_ports_and_protocol_follow_the_configuration() -> None:
         ingress = only(manifests, "NetworkPolicy")["spec"]["ingress"]
         opened = [port["port"] for rule in ingress for port in rule["ports"]]
         assert opened == list(ports)
+
+
+@pytest.mark.parametrize(
+    ("config", "ports"),
+    [
+        ("{}", [443]),
+        ("upstreams: {a: {base_url: https://a/v1}, b: {base_url: https://b/v1}}", [443]),
+        ('upstreams: {a: {base_url: "http://vllm.llm.svc:8000/v1"}}', [8000]),
+        (
+            'upstreams: {a: {base_url: "http://[fd00::1]:81"}, b: {base_url: "http://[fd00::1]"}}',
+            [81, 80],
+        ),
+        ('upstreams: {a: {base_url: "https://a", proxy: "http://proxy:3128"}}', [443, 3128]),
+        ('{otlp: {endpoint: "http://collector:4317"}}', [4317, 443]),
+        ('{redis: {url: "redis://redis"}}', [6379, 443]),
+        ('{redis: {url: "rediss://redis:6380/1"}}', [6380, 443]),
+        ('{redis: {url: "unix:/run/redis.sock"}}', [443]),
+    ],
+)
+def test_the_way_out_is_open_to_what_the_configuration_names(config: str, ports: list[int]) -> None:
+    (manifests,) = rendered({"config": config})
+    dns, called = only(manifests, "NetworkPolicy")["spec"]["egress"]
+    assert [port["port"] for port in dns["ports"]] == [53, 53]
+    assert [port["port"] for port in called["ports"]] == ports
+    cloud = [to["ipBlock"].get("except") for to in called["to"] if "ipBlock" in to]
+    assert cloud == [["169.254.169.254/32"], None]
 
 
 @pytest.mark.parametrize(
@@ -305,8 +360,7 @@ OTHERS: dict[str, Any] = {
     "config": 'metrics: {listen: "0.0.0.0:9465"}',
     "monitoring.interval": "16s",
     "networkPolicy.egress": [{"to": [{"podSelector": {}}]}],
-    "networkPolicy.httpsExcept": ["10.0.0.0/8"],
-    "redis.to": [{"podSelector": {}}],
+    "networkPolicy.except": ["10.0.0.0/8"],
     "networkPolicy.collectors": [{"podSelector": {}}],
     "grpcRoute.parentRefs": [{"name": "other"}],
     "grpcRoute.hostnames": ["x"],
@@ -335,10 +389,10 @@ def another(path: str, value: Any) -> Any:
     raise AssertionError(f"{path} needs a row in OTHERS")
 
 
-def test_every_value_makes_a_difference(with_alerts: Path) -> None:
+def test_every_value_makes_a_difference() -> None:
     defaults = yaml.safe_load((CHART / "values.yaml").read_text())
     on = copy.deepcopy(defaults)
-    for section in ("redis", "monitoring", "grpcRoute"):
+    for section in ("monitoring", "grpcRoute"):
         on[section]["enabled"] = True
     on["autoscaling"]["inFlight"]["enabled"] = True
     fixed = copy.deepcopy(on)
@@ -352,7 +406,7 @@ def test_every_value_makes_a_difference(with_alerts: Path) -> None:
         at[path[-1]] = another(".".join(path), at[path[-1]])
         paths.append(".".join(path))
         changed.append(values)
-    before, before_fixed, *after = rendered(on, fixed, *changed, chart=with_alerts)
+    before, before_fixed, *after = rendered(on, fixed, *changed)
     without = [
         path
         for path, manifests in zip(paths, after, strict=True)

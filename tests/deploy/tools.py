@@ -66,17 +66,17 @@ def run(*command: str | Path, stdin: str = "", check: bool = True, **variables: 
     return ran.stdout
 
 
-def rendered(*values: dict[str, Any], chart: Path = CHART) -> list[dict[str, str]]:
+def rendered(*values: dict[str, Any]) -> list[dict[str, str]]:
     """What the chart renders with each values: text by template. An error fails the test."""
-    answers = answered(*values, chart=chart)
+    answers = answered(*values)
     for answer in answers:
         assert "error" not in answer, answer["error"]
     return [answer["manifests"] for answer in answers]
 
 
-def answered(*values: dict[str, Any], chart: Path = CHART) -> list[dict[str, Any]]:
+def answered(*values: dict[str, Any]) -> list[dict[str, Any]]:
     """The same with errors: {"manifests": ...} or {"error": ...} for each."""
     answers: list[dict[str, Any]] = json.loads(
-        run(tool("python"), ROOT / "deploy/render.py", chart, stdin=json.dumps(values))
+        run(tool("python"), ROOT / "deploy/render.py", stdin=json.dumps(values))
     )
     return answers

@@ -90,6 +90,13 @@ CASES: dict[str, tuple[Series, Series]] = {
         {"tokenwire_key_files_unusable": "1x60"},
         {"tokenwire_key_files_unusable": "0x60"},
     ),
+    "TokenwireSpansLost": (
+        {'tokenwire_otlp_spans_total{outcome="dropped"}': "0+1x60"},
+        {
+            'tokenwire_otlp_spans_total{outcome="dropped"}': "7x60",
+            'tokenwire_otlp_spans_total{outcome="sent"}': "0+1x60",
+        },
+    ),
     "TokenwireDrainStuck": ({"tokenwire_draining": "1x60"}, {"tokenwire_draining": "0x20 1x40"}),
     "TokenwireFewFilesLeft": (
         {"process_open_fds": "900x60", "process_max_fds": "1000x60"},

@@ -24,6 +24,7 @@ from tokenwire.v1 import error_reason_pb2, model_service_pb2, model_service_pb2_
 from tokenwire_service.errors import Fault
 from tokenwire_service.simulator import Simulator
 from tokenwire_service.snapshot import Scope, State
+from tokenwire_service.telemetry import SPANS
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "monitoring"
@@ -230,7 +231,7 @@ def test_promtool_finds_no_fault_with_rules_and_scrape_configuration(promtool: s
 
 
 TABLES = {
-    "outcome": {"ok", "abandoned", *(fault.value for fault in Fault)},
+    "outcome": {"ok", "abandoned", *SPANS, *(fault.value for fault in Fault)},
     "state": {state.value for state in State},
     "scope": {scope.value for scope in Scope},
     "reason": {

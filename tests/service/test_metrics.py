@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from harness import (
 )
 from tokenwire.v1 import model_service_pb2
 from tokenwire_service.config import Limits, Model
-from tokenwire_service.metrics import OTHER
+from tokenwire_service.labels import OTHER
 from tokenwire_service.server import ListenError
 from tokenwire_service.settings import Metrics, Retries
 from tokenwire_service.simulator import Simulator
@@ -265,6 +267,14 @@ async def test_openmetrics_for_who_asks_for_it(start: Start, simulator: Simulate
 async def test_it_is_off_by_default(start: Start, simulator: Simulated) -> None:
     gateway = await start(upstream(simulator[1]))
     assert gateway.running.metrics == ""
+
+
+def test_what_is_off_costs_no_memory() -> None:
+    """Not even that of the libraries."""
+    heavy = "sys.modules.keys() & {'opentelemetry', 'prometheus_client', 'aiohttp.web'}"
+    code = f"import sys, tokenwire_service.server; sys.exit(str({heavy} or ''))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stderr.strip() == ""
 
 
 async def test_nothing_else_is_there(start: Start, simulator: Simulated) -> None:

@@ -290,6 +290,61 @@ def test_a_proxys_login_is_a_secret_apart_from_its_url() -> None:
     assert (plain.proxy, plain.proxy_login) == ("http://proxy:1", None)
 
 
+def test_a_redis_with_a_password() -> None:
+    text = UPSTREAM + "redis:\n  url: rediss://redis:6380/2\n  on_failure: closed\n"
+    text += "  username: gate\n  password_env: P\n  certificate_authorities: tls/ca.crt\n"
+    make_certificates(Path("tls"))
+    config = load_text(text, {**ENVIRON, "P": "pass-of-redis"})
+    assert config.redis is not None
+    assert config.redis.password is not None
+    assert config.redis.password.reveal() == "pass-of-redis"
+    assert config.redis.certificate_authorities == "tls/ca.crt"
+    assert "pass-of-redis" not in repr(config)
+
+
+REDIS_URL = "redis://host:port/number, rediss:// for TLS, or unix:/path, without user name"
+
+
+@pytest.mark.parametrize(
+    ("redis", "problem"),
+    [
+        ("url: 'redis://r'", "2: redis.on_failure: got nothing, expected one of open, closed"),
+        ("on_failure: open", f"2: redis.url: got nothing, expected {REDIS_URL}"),
+        ("on_failure: maybe, url: 'redis://r'", '2: redis.on_failure: got "maybe", expected'),
+        *(
+            (f"on_failure: open, url: '{url}'", "2: redis.url: got ")
+            for url in (
+                "redis://user:pass@r",
+                "http://r",
+                "redis://",
+                "redis://r:0",
+                "redis://r:x",
+                "redis://r/db",
+                "redis://r?db=1",
+                "unix:r",
+            )
+        ),
+        (
+            "on_failure: open, url: 'redis://r', password_env: NOT_SET",
+            "2: redis.password_env: got NOT_SET, which is not set, expected a variable",
+        ),
+        (
+            "on_failure: open, url: 'redis://r', certificate_authorities: ca.crt",
+            "2: redis.certificate_authorities: got a file where there is no TLS",
+        ),
+        (
+            "on_failure: open, url: 'rediss://r', certificate_authorities: ca.crt",
+            "2: redis.certificate_authorities: got a file that cannot be used (no such file",
+        ),
+    ],
+)
+def test_a_redis_that_cannot_be_used(redis: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_text(UPSTREAM + f"redis: {{{redis}}}")
+    (found,) = caught.value.problems
+    assert found.startswith(f"t.yaml:{problem}")
+
+
 def test_what_looks_odd_is_warned_about() -> None:
     config = load_text(
         "upstreams:\n  u:\n    base_url: http://u\n    keys: [{env: K}, {env: K}]\n", ENVIRON
@@ -323,7 +378,7 @@ HEADER = "a header name, neither set by the gateway nor for credentials"
 TEXT = "text (in quotes if it looks like something else)"
 FIELDS = (  # in order
     "listen, tls, callers, limits, timeouts, connections, drain, reflection, log, retries, admin, "
-    "status_page, health, metrics, key_file_interval, upstreams, models"
+    "status_page, health, metrics, otlp, redis, key_file_interval, upstreams, models"
 )
 ADMIN = 'host:port of the loopback interface, "[::1]:port" in quotes, unix:/path, or off'
 KEY = "a mapping with env or file (the key itself never stands here)"
@@ -1482,13 +1537,13 @@ def test_the_example_has_every_field() -> None:
     text = EXAMPLE.read_text(encoding="utf-8")
     # What is commented out holds as well.
     text = text.replace("# - {file:", "- {file:").replace("# tokenizer_file:", "tokenizer_file:")
-    text = re.sub(r"^# (tls:|callers:|  )", r"\1", text, flags=re.MULTILINE)
+    text = re.sub(r"^# (tls:|callers:|redis:|  )", r"\1", text, flags=re.MULTILINE)
     write_tokenizer()
     Path("secrets").mkdir()
     Path("secrets/openai-keys").write_text("d\ne\n")
     Path("secrets/search-tokens").write_text("search-token-one\n")
     make_certificates(Path("tls"))
-    environ = {**EXAMPLE_ENVIRON, "SEARCH_TOKENS": "search-token-two"}
+    environ = {**EXAMPLE_ENVIRON, "SEARCH_TOKENS": "search-token-two", "REDIS_PASSWORD": "pass"}
     config = load_text(text, environ)
     assert [(caller.name, len(caller.tokens)) for caller in config.callers] == [("search", 2)]
     assert [key.id for key in config.upstreams[0].keys][-2:] == ["team-b-1", "team-b-2"]
@@ -1518,5 +1573,6 @@ def test_what_the_example_calls_defaults_are_defaults() -> None:
     shared = text[: text.index("\nupstreams:")].replace("format: json", "format: ~")
     shared = shared.replace("listen: 127.0.0.1:50052", "listen: ~")
     shared = re.sub(r"listen: 127.0.0.1:(?:50053|50054|9464)", "listen: off", shared)
+    shared = shared.replace("endpoint: http://127.0.0.1:4317", "endpoint: ~")
     config = load_text(shared, {"OPENAI_API_KEY": "a"})
     assert config == load(None, {"OPENAI_API_KEY": "a"})

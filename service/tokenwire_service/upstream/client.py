@@ -12,9 +12,9 @@ import asyncio
 import contextlib
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,6 +44,7 @@ class Progress:
     for: a connection that never served before, after one that had died in the pool."""
 
     fresh: bool = False
+    headers: Mapping[str, str] = field(default_factory=dict)  # sent beside the request's own
     http_status: int = 0
     first_byte_at: float = 0.0
     reused_connection: bool = False
@@ -129,6 +130,7 @@ class UpstreamClient:
         headers = {
             **self.upstream.headers,
             **encoded.headers,
+            **progress.headers,
             **encoded.dialect.headers(lease.key, lease.organization),
             "Accept-Encoding": "identity",
         }

@@ -49,6 +49,23 @@ the root, the section. */ -}}
 {{- regexFind "[0-9]+$" ($section.listen | default "" | toString) }}
 {{- end }}
 
+{{- /* A list, as JSON: the ports of everything that `config` names to be called. */ -}}
+{{- define "tokenwire.calledPorts" -}}
+{{- $config := include "tokenwire.config" . | fromJson }}
+{{- $urls := list (dig "otlp" "endpoint" "" $config) (dig "redis" "url" "" $config) }}
+{{- range ($config.upstreams | default (dict "openai" (dict "base_url" "https://"))) }}
+{{- if kindIs "map" . }}{{ $urls = concat $urls (list .base_url .proxy) }}{{ end }}
+{{- end }}
+{{- $usual := dict "http" "80" "https" "443" "redis" "6379" "rediss" "6379" }}
+{{- $ports := list }}
+{{- range $urls }}
+{{- with regexFind "^(https?|rediss?)://[^/]*" (toString .) }}
+{{- $ports = append $ports (regexFind "[0-9]+$" (regexFind ":[0-9]+$" .) | default (get $usual (regexFind "^[a-z]+" .)) | int) }}
+{{- end }}
+{{- end }}
+{{- $ports | uniq | toJson }}
+{{- end }}
+
 {{- /* From SIGTERM to the kill: what the gateway takes to drain, and the margin. 5s and 120s are what
 the gateway takes where its file does not say. */ -}}
 {{- define "tokenwire.terminationSeconds" -}}
@@ -57,6 +74,16 @@ the gateway takes where its file does not say. */ -}}
 {{- $propagation := include "tokenwire.seconds" ($drain.propagation | default "5s") }}
 {{- $grace := include "tokenwire.seconds" ($drain.grace | default "120s") }}
 {{- ceil (addf $propagation $grace .Values.terminationMarginSeconds) | int }}
+{{- end }}
+
+{{- /* Of `config` what a gateway that runs does not take, settings.RELOADED the other way round: only
+then are pods replaced. */ -}}
+{{- define "tokenwire.restarting" -}}
+{{- $config := include "tokenwire.config" . | fromJson }}
+{{- $rest := omit $config "callers" "timeouts" "drain" "retries" "key_file_interval" "upstreams" "models" }}
+{{- $limits := omit ($config.limits | default dict) "in_flight" "queue" "batch_items_at_once" "tokenizer_bytes" "upstream_answer_bytes" "upstream_event_bytes" }}
+{{- $log := omit ($config.log | default dict) "level" }}
+{{- merge (dict "limits" $limits "log" $log) (omit $rest "limits" "log") | toJson }}
 {{- end }}
 
 {{- /* Where probes ask. Kubernetes' can speak no TLS. */ -}}

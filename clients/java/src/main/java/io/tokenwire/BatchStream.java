@@ -3,15 +3,17 @@ package io.tokenwire;
 import io.grpc.Status;
 import io.tokenwire.v1.BatchChatItem;
 import io.tokenwire.v1.BatchChatResponse;
+import java.lang.ref.Reference;
 import java.util.ArrayList;
 import java.util.Iterator;
 import java.util.List;
 import java.util.NoSuchElementException;
+import java.util.function.Consumer;
 
 /**
  * The results of a batch, each as soon as it is ready. Iterate over it, once, within {@code try
- * (...)}: leaving that ends the call and what is left of the batch. For one thread; {@link #close}
- * may be called from any.
+ * (...)}: leaving that ends the call and what is left of the batch. {@link #forEach} ends it by
+ * itself. For one thread; {@link #close} may be called from any.
  */
 public final class BatchStream implements Iterable<BatchResult>, AutoCloseable {
   private final Inbox<BatchChatResponse> inbox;
@@ -52,9 +54,32 @@ public final class BatchStream implements Iterable<BatchResult>, AutoCloseable {
     };
   }
 
+  /**
+   * Hands over the results that are left, and ends the call in any case: also if the consumer
+   * throws.
+   *
+   * @param consumer what to do with a result
+   * @throws TokenwireException if the batch failed as a whole
+   */
+  @Override
+  public void forEach(Consumer<? super BatchResult> consumer) {
+    try {
+      for (BatchResult result : this) {
+        consumer.accept(result);
+      }
+    } finally {
+      close();
+    }
+  }
+
   private BatchResult read() {
     while (true) {
-      BatchChatResponse message = inbox.take(() -> null);
+      BatchChatResponse message;
+      try {
+        message = inbox.take(() -> null);
+      } finally {
+        Reference.reachabilityFence(this); // who waits has not dropped it
+      }
       if (message == null) {
         results.end();
         return null;

@@ -1,14 +1,18 @@
 package io.tokenwire;
 
+import java.lang.ref.Reference;
 import java.time.Duration;
 import java.util.Iterator;
 import java.util.List;
 import java.util.NoSuchElementException;
 import java.util.Optional;
+import java.util.function.Consumer;
 
 /**
  * An answer as it grows. Iterate over its events, once, within {@code try (...)}: leaving that ends
- * the call, at the gateway and at the upstream.
+ * the call, at the gateway and at the upstream. {@link #forEach} and {@link #reply} end it by
+ * themselves. One that is left otherwise goes on until it is collected as garbage, which is logged
+ * as a warning.
  *
  * <p>A loop that ends without an exception has seen the whole answer. A stream that was cut, even
  * one that says OK, throws {@link TokenwireException}. For one thread; {@link #close} may be called
@@ -61,35 +65,69 @@ public final class ChatStream implements Answer, Iterable<ChatEvent>, AutoClosea
   }
 
   /**
-   * Only the text of the first choice, piece by piece.
+   * Hands over the events that are left, and ends the call in any case: also if the consumer throws.
+   *
+   * @param consumer what to do with an event
+   * @throws TokenwireException if the stream failed
+   */
+  @Override
+  public void forEach(Consumer<? super ChatEvent> consumer) {
+    closing(this, consumer);
+  }
+
+  /** Reads to the end, and closes whatever happens. */
+  private <T> void closing(Iterable<T> events, Consumer<? super T> consumer) {
+    try {
+      for (T event : events) {
+        consumer.accept(event);
+      }
+    } finally {
+      close();
+    }
+  }
+
+  /**
+   * Only the text of the first choice, piece by piece. Its {@code forEach} ends the call in any case,
+   * as that of the stream does.
    *
    * @return the pieces, none of them empty
    */
   public Iterable<String> texts() {
-    return () -> {
-      Iterator<ChatEvent> events = iterator();
-      return new Iterator<>() {
-        private String next = "";
+    return new Iterable<>() {
+      @Override
+      public Iterator<String> iterator() {
+        return textsOf(ChatStream.this.iterator());
+      }
 
-        @Override
-        public boolean hasNext() {
-          while (next.isEmpty() && events.hasNext()) {
-            ChatEvent event = events.next();
-            next = event.choiceIndex() == 0 ? event.text() : "";
-          }
-          return !next.isEmpty();
-        }
+      @Override
+      public void forEach(Consumer<? super String> consumer) {
+        closing(this, consumer);
+      }
+    };
+  }
 
-        @Override
-        public String next() {
-          if (!hasNext()) {
-            throw new NoSuchElementException("the stream has ended");
-          }
-          String text = next;
-          next = "";
-          return text;
+  private static Iterator<String> textsOf(Iterator<ChatEvent> events) {
+    return new Iterator<>() {
+      private String next = "";
+
+      @Override
+      public boolean hasNext() {
+        while (next.isEmpty() && events.hasNext()) {
+          ChatEvent event = events.next();
+          next = event.choiceIndex() == 0 ? event.text() : "";
         }
-      };
+        return !next.isEmpty();
+      }
+
+      @Override
+      public String next() {
+        if (!hasNext()) {
+          throw new NoSuchElementException("the stream has ended");
+        }
+        String text = next;
+        next = "";
+        return text;
+      }
     };
   }
 
@@ -104,6 +142,8 @@ public final class ChatStream implements Answer, Iterable<ChatEvent>, AutoClosea
       } catch (TokenwireException e) {
         error = e;
         throw e;
+      } finally {
+        Reference.reachabilityFence(this); // who waits has not dropped it
       }
       if (message == null) {
         ended = true;
@@ -192,15 +232,13 @@ public final class ChatStream implements Answer, Iterable<ChatEvent>, AutoClosea
 
   /**
    * The whole answer, as {@link TokenwireClient#chat(ChatParams)} returns it. Reads what is left of
-   * the stream.
+   * the stream, and ends the call in any case.
    *
    * @return the reply
    * @throws TokenwireException if the stream failed
    */
   public Reply reply() {
-    while (read() != null) {
-      continue; // it is in the answer
-    }
+    closing(this, event -> {}); // it is in the answer
     return answer.reply(requestId);
   }
 

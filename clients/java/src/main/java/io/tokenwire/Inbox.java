@@ -14,11 +14,14 @@ final class Inbox<R> implements Call.Sink<R> {
   /** Ends the calls of streams that somebody dropped without closing them. */
   private static final Cleaner CLEANER = Cleaner.create();
 
+  private static final System.Logger LOG = System.getLogger("io.tokenwire");
+
   private record End(Status status, Metadata trailers) {}
 
   private final Call<?, R> call;
   private final LinkedBlockingQueue<Object> arrived = new LinkedBlockingQueue<>();
   private End end;
+  private volatile boolean over;
 
   private Inbox(Call<?, R> call) {
     this.call = call;
@@ -28,8 +31,22 @@ final class Inbox<R> implements Call.Sink<R> {
   static <R> Inbox<R> open(Call<?, R> call, Object owner) {
     Inbox<R> inbox = new Inbox<>(call);
     call.start(inbox, AHEAD);
-    CLEANER.register(owner, () -> call.cancel("the stream was dropped"));
+    Throwable opened = new Throwable("it was opened here");
+    CLEANER.register(owner, () -> inbox.dropped(opened));
     return inbox;
+  }
+
+  /** Nobody can read on. As gRPC does of a channel, tell who forgot to close it: they paid for it. */
+  private void dropped(Throwable opened) {
+    if (!over) {
+      cancel();
+      LOG.log(
+          System.Logger.Level.WARNING,
+          "a stream that nobody had closed ran on until it was garbage (request "
+              + call.requestId
+              + "): use try (...), or forEach",
+          opened);
+    }
   }
 
   @Override
@@ -39,6 +56,7 @@ final class Inbox<R> implements Call.Sink<R> {
 
   @Override
   public void end(Status status, Metadata trailers) {
+    over = true;
     arrived.add(new End(status, trailers));
   }
 
@@ -65,6 +83,7 @@ final class Inbox<R> implements Call.Sink<R> {
   }
 
   void cancel() {
+    over = true;
     call.cancel("the caller left the stream");
   }
 }

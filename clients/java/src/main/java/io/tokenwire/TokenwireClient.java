@@ -10,6 +10,7 @@ import io.grpc.MethodDescriptor;
 import io.grpc.TlsChannelCredentials;
 import io.tokenwire.v1.BatchChatResponse;
 import io.tokenwire.v1.ChatRequest;
+import io.tokenwire.v1.ChatResponse;
 import io.tokenwire.v1.ChatServiceGrpc;
 import io.tokenwire.v1.CountTokensRequest;
 import io.tokenwire.v1.GetModelRequest;
@@ -21,6 +22,7 @@ import io.tokenwire.v1.StreamChatRequest;
 import io.tokenwire.v1.StreamChatResponse;
 import io.tokenwire.v1.StreamMode;
 import io.tokenwire.v1.TokenizeRequest;
+import io.tokenwire.v1.TokenizeResponse;
 import io.tokenwire.v1.TokenizerServiceGrpc;
 import java.io.ByteArrayInputStream;
 import java.io.IOException;
@@ -36,9 +38,8 @@ import java.util.Set;
 import java.util.concurrent.CompletableFuture;
 import java.util.concurrent.ConcurrentHashMap;
 import java.util.concurrent.TimeUnit;
-import java.util.function.BiConsumer;
+import java.util.concurrent.atomic.AtomicReference;
 import java.util.function.Consumer;
-import java.util.function.Function;
 import java.util.function.Supplier;
 
 /**
@@ -127,8 +128,19 @@ public final class TokenwireClient implements AutoCloseable {
    * @throws TokenwireException if the call fails
    */
   public Reply chat(ChatParams params, RequestOptions options) {
-    Call<ChatRequest, io.tokenwire.v1.ChatResponse> call = chatCall(params, options);
-    return Unary.await(call, answer -> new Reply(answer, call.requestId, json));
+    return chatCall(params, options).await();
+  }
+
+  /**
+   * Asks, and waits for the whole answer.
+   *
+   * @param params sets what to ask, such as {@code c -> c.model("gpt-4o-mini").user("Hi")}
+   * @param options how to make the call
+   * @return the answer
+   * @throws TokenwireException if the call fails
+   */
+  public Reply chat(Consumer<ChatParams.Builder> params, RequestOptions options) {
+    return chat(ChatParams.of(params), options);
   }
 
   /**
@@ -159,10 +171,19 @@ public final class TokenwireClient implements AutoCloseable {
    * @return the answer to come, or a {@link TokenwireException}; cancelling it ends the call
    */
   public CompletableFuture<Reply> chatAsync(ChatParams params, RequestOptions options) {
-    Call<ChatRequest, io.tokenwire.v1.ChatResponse> call = chatCall(params, options);
-    CallFuture<Reply> future = new CallFuture<>(() -> call.cancel("the future was cancelled"));
-    start(call, answer -> new Reply(answer, call.requestId, json), future::settle);
-    return future;
+    return chatCall(params, options).async();
+  }
+
+  /**
+   * Asks, without a waiting thread.
+   *
+   * @param params sets what to ask, such as {@code c -> c.model("gpt-4o-mini").user("Hi")}
+   * @param options how to make the call
+   * @return the answer to come, or a {@link TokenwireException}; cancelling it ends the call
+   */
+  public CompletableFuture<Reply> chatAsync(
+      Consumer<ChatParams.Builder> params, RequestOptions options) {
+    return chatAsync(ChatParams.of(params), options);
   }
 
   /**
@@ -194,6 +215,17 @@ public final class TokenwireClient implements AutoCloseable {
    */
   public ChatStream stream(ChatParams params, RequestOptions options) {
     return new ChatStream(streamCall(params, options), json);
+  }
+
+  /**
+   * Asks, and gives the answer as it grows.
+   *
+   * @param params sets what to ask, such as {@code c -> c.model("gpt-4o-mini").user("Hi")}
+   * @param options how to make the call
+   * @return the events of the answer; close it to end the call
+   */
+  public ChatStream stream(Consumer<ChatParams.Builder> params, RequestOptions options) {
+    return stream(ChatParams.of(params), options);
   }
 
   /**
@@ -229,10 +261,21 @@ public final class TokenwireClient implements AutoCloseable {
     return new ChatPublisher(() -> streamCall(params, options), json);
   }
 
-  private Call<ChatRequest, io.tokenwire.v1.ChatResponse> chatCall(
-      ChatParams params, RequestOptions options) {
+  /**
+   * Asks, once it is subscribed to, and gives the answer as it grows, without a waiting thread.
+   *
+   * @param params sets what to ask, such as {@code c -> c.model("gpt-4o-mini").user("Hi")}
+   * @param options how to make the call
+   * @return a publisher of the events of the answer
+   */
+  public ChatPublisher streamAsync(Consumer<ChatParams.Builder> params, RequestOptions options) {
+    return streamAsync(ChatParams.of(params), options);
+  }
+
+  private Unary<?, Reply> chatCall(ChatParams params, RequestOptions options) {
     ChatRequest request = Checked.set(params, "params").proto();
-    return unary(ChatServiceGrpc.getChatMethod(), request, options);
+    Call<?, ChatResponse> call = call(ChatServiceGrpc.getChatMethod(), request, options);
+    return new Unary<>(call, answer -> new Reply(answer, call.requestId, json));
   }
 
   private Call<StreamChatRequest, StreamChatResponse> streamCall(
@@ -290,6 +333,17 @@ public final class TokenwireClient implements AutoCloseable {
   }
 
   /**
+   * Has independent conversations at once. One failed item fails no other.
+   *
+   * @param params sets what to ask
+   * @param options how to make the call
+   * @return the results, each as soon as it is ready; close it to end the call
+   */
+  public BatchStream batch(Consumer<BatchParams.Builder> params, RequestOptions options) {
+    return batch(BatchParams.of(params), options);
+  }
+
+  /**
    * Has independent conversations at once, and waits for them all.
    *
    * @param params what to ask
@@ -326,6 +380,117 @@ public final class TokenwireClient implements AutoCloseable {
     }
   }
 
+  /**
+   * Has independent conversations at once, and waits for them all.
+   *
+   * @param params sets what to ask
+   * @param options how to make the call
+   * @return the results, in the order of the items
+   * @throws TokenwireException if the batch fails before any result
+   */
+  public List<BatchResult> batchOrdered(
+      Consumer<BatchParams.Builder> params, RequestOptions options) {
+    return batchOrdered(BatchParams.of(params), options);
+  }
+
+  /**
+   * Has independent conversations at once, once it is subscribed to, without a waiting thread. One
+   * failed item fails no other.
+   *
+   * @param params what to ask
+   * @return a publisher of the results, each as soon as it is ready
+   */
+  public BatchPublisher batchAsync(BatchParams params) {
+    return batchAsync(params, RequestOptions.DEFAULT);
+  }
+
+  /**
+   * Has independent conversations at once, once it is subscribed to, without a waiting thread. One
+   * failed item fails no other.
+   *
+   * @param params sets what to ask
+   * @return a publisher of the results, each as soon as it is ready
+   */
+  public BatchPublisher batchAsync(Consumer<BatchParams.Builder> params) {
+    return batchAsync(BatchParams.of(params));
+  }
+
+  /**
+   * Has independent conversations at once, once it is subscribed to, without a waiting thread. One
+   * failed item fails no other.
+   *
+   * @param params what to ask
+   * @param options how to make the call
+   * @return a publisher of the results, each as soon as it is ready
+   */
+  public BatchPublisher batchAsync(BatchParams params, RequestOptions options) {
+    Checked.set(params, "params");
+    Checked.set(options, "options").notOfStream();
+    return new BatchPublisher(() -> batchCall(params, options), params, json);
+  }
+
+  /**
+   * Has independent conversations at once, once it is subscribed to, without a waiting thread. One
+   * failed item fails no other.
+   *
+   * @param params sets what to ask
+   * @param options how to make the call
+   * @return a publisher of the results, each as soon as it is ready
+   */
+  public BatchPublisher batchAsync(Consumer<BatchParams.Builder> params, RequestOptions options) {
+    return batchAsync(BatchParams.of(params), options);
+  }
+
+  /**
+   * Has independent conversations at once, without a waiting thread.
+   *
+   * @param params what to ask
+   * @return the results to come, in the order of the items; those that a failure of the whole batch left
+   *     without one have it as their error. A {@link TokenwireException} if it fails before any
+   *     result; cancelling it ends the call
+   */
+  public CompletableFuture<List<BatchResult>> batchOrderedAsync(BatchParams params) {
+    return batchOrderedAsync(params, RequestOptions.DEFAULT);
+  }
+
+  /**
+   * Has independent conversations at once, without a waiting thread.
+   *
+   * @param params sets what to ask
+   * @return the results to come, in the order of the items, or a {@link TokenwireException} if the batch
+   *     fails before any; cancelling it ends the call
+   */
+  public CompletableFuture<List<BatchResult>> batchOrderedAsync(
+      Consumer<BatchParams.Builder> params) {
+    return batchOrderedAsync(BatchParams.of(params));
+  }
+
+  /**
+   * Has independent conversations at once, without a waiting thread.
+   *
+   * @param params what to ask
+   * @param options how to make the call
+   * @return the results to come, in the order of the items, or a {@link TokenwireException} if the batch
+   *     fails before any; cancelling it ends the call
+   */
+  public CompletableFuture<List<BatchResult>> batchOrderedAsync(
+      BatchParams params, RequestOptions options) {
+    return batchAsync(params, options).ordered();
+  }
+
+  /**
+   * Has independent conversations at once, without a waiting thread.
+   *
+   * @param params sets what to ask
+   * @param options how to make the call
+   * @return the results to come, in the order of the items, or a {@link TokenwireException} if the batch
+   *     fails before any; cancelling it ends the call
+   */
+  public CompletableFuture<List<BatchResult>> batchOrderedAsync(
+      Consumer<BatchParams.Builder> params, RequestOptions options) {
+    return batchOrderedAsync(BatchParams.of(params), options);
+  }
+
   private Call<?, BatchChatResponse> batchCall(BatchParams params, RequestOptions options) {
     return new Call<>(
         channel,
@@ -360,12 +525,31 @@ public final class TokenwireClient implements AutoCloseable {
    * @throws TokenwireException if the call fails
    */
   public TokenCount countTokens(String model, String text, RequestOptions options) {
-    return count(
-        CountTokensRequest.newBuilder()
-            .setModel(Checked.text(model, "model"))
-            .setText(Checked.text(text, "text"))
-            .build(),
-        options);
+    return countCall(model, text, options).await();
+  }
+
+  /**
+   * Counts the tokens of a text, without calling the model or waiting.
+   *
+   * @param model whose tokenizer counts
+   * @param text the text as it is
+   * @return the count to come, or a {@link TokenwireException}; cancelling it ends the call
+   */
+  public CompletableFuture<TokenCount> countTokensAsync(String model, String text) {
+    return countTokensAsync(model, text, RequestOptions.DEFAULT);
+  }
+
+  /**
+   * Counts the tokens of a text, without calling the model or waiting.
+   *
+   * @param model whose tokenizer counts
+   * @param text the text as it is
+   * @param options how to make the call
+   * @return the count to come, or a {@link TokenwireException}; cancelling it ends the call
+   */
+  public CompletableFuture<TokenCount> countTokensAsync(
+      String model, String text, RequestOptions options) {
+    return countCall(model, text, options).async();
   }
 
   /**
@@ -388,14 +572,70 @@ public final class TokenwireClient implements AutoCloseable {
    * @throws TokenwireException if the call fails
    */
   public TokenCount countTokens(ChatParams params, RequestOptions options) {
-    ChatRequest chat = Checked.set(params, "params").proto();
-    return count(
-        CountTokensRequest.newBuilder().setModel(chat.getModel()).setChat(chat).build(), options);
+    return countCall(params, options).await();
   }
 
-  private TokenCount count(CountTokensRequest request, RequestOptions options) {
-    return Unary.await(
-        unary(TokenizerServiceGrpc.getCountTokensMethod(), request, options), TokenCount::of);
+  /**
+   * Counts the tokens of a chat as the model sees it, without calling the model.
+   *
+   * @param params sets the chat, such as {@code c -> c.model("gpt-4o-mini").user("Hi")}
+   * @return the count
+   * @throws TokenwireException if the call fails
+   */
+  public TokenCount countTokens(Consumer<ChatParams.Builder> params) {
+    return countTokens(ChatParams.of(params));
+  }
+
+  /**
+   * Counts the tokens of a chat as the model sees it, without calling the model or waiting.
+   *
+   * @param params the chat
+   * @return the count to come, or a {@link TokenwireException}; cancelling it ends the call
+   */
+  public CompletableFuture<TokenCount> countTokensAsync(ChatParams params) {
+    return countTokensAsync(params, RequestOptions.DEFAULT);
+  }
+
+  /**
+   * Counts the tokens of a chat as the model sees it, without calling the model or waiting.
+   *
+   * @param params sets the chat, such as {@code c -> c.model("gpt-4o-mini").user("Hi")}
+   * @return the count to come, or a {@link TokenwireException}; cancelling it ends the call
+   */
+  public CompletableFuture<TokenCount> countTokensAsync(Consumer<ChatParams.Builder> params) {
+    return countTokensAsync(ChatParams.of(params));
+  }
+
+  /**
+   * Counts the tokens of a chat as the model sees it, without calling the model or waiting.
+   *
+   * @param params the chat
+   * @param options how to make the call
+   * @return the count to come, or a {@link TokenwireException}; cancelling it ends the call
+   */
+  public CompletableFuture<TokenCount> countTokensAsync(ChatParams params, RequestOptions options) {
+    return countCall(params, options).async();
+  }
+
+  private Unary<?, TokenCount> countCall(String model, String text, RequestOptions options) {
+    return countCall(
+        CountTokensRequest.newBuilder()
+            .setModel(Checked.text(model, "model"))
+            .setText(Checked.text(text, "text")),
+        options);
+  }
+
+  private Unary<?, TokenCount> countCall(ChatParams params, RequestOptions options) {
+    ChatRequest chat = Checked.set(params, "params").proto();
+    return countCall(
+        CountTokensRequest.newBuilder().setModel(chat.getModel()).setChat(chat), options);
+  }
+
+  private Unary<?, TokenCount> countCall(
+      CountTokensRequest.Builder request, RequestOptions options) {
+    return new Unary<>(
+        call(TokenizerServiceGrpc.getCountTokensMethod(), request.build(), options),
+        TokenCount::of);
   }
 
   /**
@@ -420,17 +660,52 @@ public final class TokenwireClient implements AutoCloseable {
    * @throws TokenwireException if the call fails
    */
   public List<Tokens> tokenize(String model, List<String> texts, RequestOptions options) {
+    return tokenizeCall(model, texts, options).await();
+  }
+
+  /**
+   * Lists the tokens of texts, without calling the model or waiting.
+   *
+   * @param model whose tokenizer is used
+   * @param texts at most 256, each tokenized on its own
+   * @return the tokens of each text to come, in order, or a {@link TokenwireException}; cancelling it ends
+   *     the call
+   */
+  public CompletableFuture<List<Tokens>> tokenizeAsync(String model, List<String> texts) {
+    return tokenizeAsync(model, texts, RequestOptions.DEFAULT);
+  }
+
+  /**
+   * Lists the tokens of texts, without calling the model or waiting.
+   *
+   * @param model whose tokenizer is used
+   * @param texts at most 256, each tokenized on its own
+   * @param options how to make the call
+   * @return the tokens of each text to come, in order, or a {@link TokenwireException}; cancelling it ends
+   *     the call
+   */
+  public CompletableFuture<List<Tokens>> tokenizeAsync(
+      String model, List<String> texts, RequestOptions options) {
+    return tokenizeCall(model, texts, options).async();
+  }
+
+  private Unary<?, List<Tokens>> tokenizeCall(
+      String model, List<String> texts, RequestOptions options) {
     TokenizeRequest.Builder request =
         TokenizeRequest.newBuilder().setModel(Checked.text(model, "model"));
     Checked.set(texts, "texts").forEach(text -> request.addTexts(Checked.text(text, "texts")));
-    var call = unary(TokenizerServiceGrpc.getTokenizeMethod(), request.build(), options);
-    List<Tokens> lists =
-        Unary.await(call, answer -> answer.getListsList().stream().map(Tokens::of).toList());
-    if (lists.size() != texts.size()) {
-      String told = "got the tokens of " + lists.size() + " of " + texts.size() + " texts";
-      throw TokenwireException.incomplete(told, call.requestId, null);
-    }
-    return lists;
+    int asked = request.getTextsCount();
+    Call<?, TokenizeResponse> call =
+        call(TokenizerServiceGrpc.getTokenizeMethod(), request.build(), options);
+    return new Unary<>(
+        call,
+        answer -> {
+          if (answer.getListsCount() != asked) {
+            String told = "got the tokens of " + answer.getListsCount() + " of " + asked + " texts";
+            throw TokenwireException.incomplete(told, call.requestId, null);
+          }
+          return answer.getListsList().stream().map(Tokens::of).toList();
+        });
   }
 
   // --- models
@@ -453,21 +728,87 @@ public final class TokenwireClient implements AutoCloseable {
    * @throws TokenwireException if a call fails
    */
   public List<ModelInfo> models(RequestOptions options) {
-    List<ModelInfo> models = new ArrayList<>();
-    Set<String> read = new HashSet<>(); // tokens of pages
-    String token = "";
-    do {
-      ListModelsRequest request = ListModelsRequest.newBuilder().setPageToken(token).build();
-      var call = unary(ModelServiceGrpc.getListModelsMethod(), request, options);
-      ListModelsResponse page = Unary.await(call, Function.identity());
+    Pages pages = new Pages();
+    while (pages.areMore()) {
+      pageCall(pages, options).await();
+    }
+    return List.copyOf(pages.models);
+  }
+
+  /**
+   * Lists the models that can be asked, without a waiting thread.
+   *
+   * @return the models to come, or a {@link TokenwireException}; cancelling it ends the call
+   */
+  public CompletableFuture<List<ModelInfo>> modelsAsync() {
+    return modelsAsync(RequestOptions.DEFAULT);
+  }
+
+  /**
+   * Lists the models that can be asked, without a waiting thread.
+   *
+   * @param options how to make each call
+   * @return the models to come, or a {@link TokenwireException}; cancelling it ends the call
+   */
+  public CompletableFuture<List<ModelInfo>> modelsAsync(RequestOptions options) {
+    Pages pages = new Pages();
+    AtomicReference<CompletableFuture<?>> running = new AtomicReference<>();
+    CallFuture<List<ModelInfo>> all = new CallFuture<>(() -> running.get().cancel(true));
+    nextPage(pages, options, running, all);
+    return all;
+  }
+
+  private void nextPage(
+      Pages pages,
+      RequestOptions options,
+      AtomicReference<CompletableFuture<?>> running,
+      CallFuture<List<ModelInfo>> all) {
+    CompletableFuture<ListModelsResponse> page = pageCall(pages, options).async();
+    running.set(page);
+    if (all.isDone()) { // cancelled just now, and so the page before
+      page.cancel(true);
+    }
+    page.whenComplete(
+        (read, error) -> {
+          if (error != null) {
+            all.settle(null, error);
+          } else if (pages.areMore()) {
+            nextPage(pages, options, running, all);
+          } else {
+            all.settle(List.copyOf(pages.models), null);
+          }
+        });
+  }
+
+  private Unary<?, ListModelsResponse> pageCall(Pages pages, RequestOptions options) {
+    Call<?, ListModelsResponse> call =
+        call(ModelServiceGrpc.getListModelsMethod(), pages.next(), options);
+    return new Unary<>(call, page -> pages.add(page, call.requestId));
+  }
+
+  /** A list of models, page by page. */
+  private static final class Pages {
+    private final List<ModelInfo> models = new ArrayList<>();
+    private final Set<String> read = new HashSet<>(); // tokens of pages
+    private String token = "";
+
+    ListModelsRequest next() {
+      return ListModelsRequest.newBuilder().setPageToken(token).build();
+    }
+
+    ListModelsResponse add(ListModelsResponse page, String requestId) {
       page.getModelsList().forEach(model -> models.add(ModelInfo.of(model)));
-      if (!read.add(page.getNextPageToken())) {
-        String told = "the list of models goes on with a page that was read";
-        throw TokenwireException.incomplete(told, call.requestId, null);
-      }
       token = page.getNextPageToken();
-    } while (!token.isEmpty());
-    return List.copyOf(models);
+      if (!read.add(token)) {
+        String told = "the list of models goes on with a page that was read";
+        throw TokenwireException.incomplete(told, requestId, null);
+      }
+      return page;
+    }
+
+    boolean areMore() {
+      return read.isEmpty() || !token.isEmpty();
+    }
   }
 
   /**
@@ -490,31 +831,53 @@ public final class TokenwireClient implements AutoCloseable {
    * @throws TokenwireException if there is none, or the call fails
    */
   public ModelInfo model(String name, RequestOptions options) {
+    return modelCall(name, options).await();
+  }
+
+  /**
+   * Looks up a model, without a waiting thread.
+   *
+   * @param name its name or alias
+   * @return the model to come, or a {@link TokenwireException}, also if there is none; cancelling it ends
+   *     the call
+   */
+  public CompletableFuture<ModelInfo> modelAsync(String name) {
+    return modelAsync(name, RequestOptions.DEFAULT);
+  }
+
+  /**
+   * Looks up a model, without a waiting thread.
+   *
+   * @param name its name or alias
+   * @param options how to make the call
+   * @return the model to come, or a {@link TokenwireException}, also if there is none; cancelling it ends
+   *     the call
+   */
+  public CompletableFuture<ModelInfo> modelAsync(String name, RequestOptions options) {
+    return modelCall(name, options).async();
+  }
+
+  private Unary<?, ModelInfo> modelCall(String name, RequestOptions options) {
     GetModelRequest request =
         GetModelRequest.newBuilder().setName(Checked.text(name, "name")).build();
-    var call = unary(ModelServiceGrpc.getGetModelMethod(), request, options);
-    GetModelResponse answer = Unary.await(call, Function.identity());
-    if (!answer.hasModel()) {
-      throw TokenwireException.incomplete("got an answer without a model", call.requestId, null);
-    }
-    return ModelInfo.of(answer.getModel());
+    Call<?, GetModelResponse> call = call(ModelServiceGrpc.getGetModelMethod(), request, options);
+    return new Unary<>(
+        call,
+        answer -> {
+          if (!answer.hasModel()) {
+            throw TokenwireException.incomplete(
+                "got an answer without a model", call.requestId, null);
+          }
+          return ModelInfo.of(answer.getModel());
+        });
   }
 
   // --- every call
 
-  private <Q, R> Call<Q, R> unary(
-      MethodDescriptor<Q, R> method, Q request, RequestOptions options) {
+  /** A call with one answer. */
+  private <Q, R> Call<Q, R> call(MethodDescriptor<Q, R> method, Q request, RequestOptions options) {
     Checked.set(options, "options").notOfStream();
     return new Call<>(channel, method, request, options, timeout, live);
-  }
-
-  private static <R, T> void start(
-      Call<?, R> call, Function<? super R, T> convert, BiConsumer<T, Throwable> callback) {
-    try {
-      call.start(new Unary<>(call, convert, callback), 2);
-    } catch (RuntimeException | Error e) { // such as from the caller's own token supplier
-      callback.accept(null, e);
-    }
   }
 
   /**

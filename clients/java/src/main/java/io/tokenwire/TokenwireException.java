@@ -80,13 +80,7 @@ public final class TokenwireException extends RuntimeException {
         proto.clear(); // somebody else's details: the code and the message still hold
       }
     }
-    String message = status.getDescription();
-    if (message == null) {
-      message = status.getCause() != null ? status.getCause().toString() : "no message";
-    } else if (status.getCause() != null && status.getCause().getMessage() != null) {
-      message += ": " + status.getCause().getMessage(); // "io exception" alone helps nobody
-    }
-    proto.setCode(status.getCode().value()).setMessage(message);
+    proto.setCode(status.getCode().value()).setMessage(told(status));
     String echoed = trailers.get(REQUEST_ID);
     return new TokenwireException(
         proto.build(),
@@ -95,6 +89,21 @@ public final class TokenwireException extends RuntimeException {
         echoed != null ? echoed : requestId,
         partial == null ? null : partial.proto(),
         status.getCause());
+  }
+
+  /** Of a connection that failed gRPC says "io exception"; what happened is in the deepest cause. */
+  private static String told(Status status) {
+    String message = status.getDescription();
+    Throwable cause = status.getCause();
+    if (cause == null) {
+      return message == null ? "no message" : message;
+    }
+    while (cause.getCause() != null && cause.getCause() != cause) {
+      cause = cause.getCause();
+    }
+    String why = cause.getMessage() == null ? cause.toString() : cause.getMessage();
+    // Netty's pipeline, on lines of its own, is no help to callers.
+    return message == null ? why : message.lines().findFirst().orElse("") + ": " + why;
   }
 
   /** What a google.rpc.Status stands for. */

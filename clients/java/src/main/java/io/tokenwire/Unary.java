@@ -2,36 +2,47 @@ package io.tokenwire;
 
 import io.grpc.Metadata;
 import io.grpc.Status;
+import java.util.concurrent.CompletableFuture;
 import java.util.concurrent.CountDownLatch;
-import java.util.function.BiConsumer;
 import java.util.function.Function;
 
-/** A call with one answer: waited for, or told to a callback. */
+/** A call with one answer, to be made once: waited for, or told to a future. */
 final class Unary<R, T> implements Call.Sink<R> {
   private final Call<?, R> call;
   private final Function<? super R, T> convert;
   private final CountDownLatch over = new CountDownLatch(1);
-  private final BiConsumer<T, Throwable> callback;
+  private CallFuture<T> future;
   private R message;
   private Status status;
   private Metadata trailers;
 
-  /** The callback gets either the answer or what went wrong. */
-  Unary(Call<?, R> call, Function<? super R, T> convert, BiConsumer<T, Throwable> callback) {
+  Unary(Call<?, R> call, Function<? super R, T> convert) {
     this.call = call;
     this.convert = convert;
-    this.callback = callback;
   }
 
-  static <R, T> T await(Call<?, R> call, Function<? super R, T> convert) {
-    Unary<R, T> unary = new Unary<>(call, convert, (answer, error) -> {});
-    call.start(unary, 2); // a second answer to a unary call would be an error: let gRPC see it
+  T await() {
+    start();
     try {
-      unary.over.await();
+      over.await();
     } catch (InterruptedException e) {
       throw call.interrupted(null);
     }
-    return unary.answer(); // here, so that the trace of an error leads to the caller
+    return answer(); // here, so that the trace of an error leads to the caller
+  }
+
+  CompletableFuture<T> async() {
+    future = new CallFuture<>(() -> call.cancel("the future was cancelled"));
+    try {
+      start();
+    } catch (RuntimeException | Error e) { // such as from the caller's own token supplier
+      future.settle(null, e);
+    }
+    return future;
+  }
+
+  private void start() {
+    call.start(this, 2); // a second answer to a unary call would be an error: let gRPC see it
   }
 
   @Override
@@ -44,14 +55,17 @@ final class Unary<R, T> implements Call.Sink<R> {
     status = ended;
     trailers = last;
     over.countDown();
+    if (future == null) {
+      return;
+    }
     T answer;
     try {
       answer = answer();
-    } catch (RuntimeException e) {
-      callback.accept(null, e);
+    } catch (RuntimeException | Error e) {
+      future.settle(null, e);
       return;
     }
-    callback.accept(answer, null);
+    future.settle(answer, null);
   }
 
   private T answer() {

@@ -16,6 +16,9 @@ import io.grpc.InsecureServerCredentials;
 import io.grpc.Metadata;
 import io.grpc.MethodDescriptor;
 import io.grpc.Server;
+import io.grpc.ServerCall;
+import io.grpc.ServerCallHandler;
+import io.grpc.ServerInterceptor;
 import io.grpc.ServerMethodDefinition;
 import io.grpc.Status;
 import io.grpc.StatusRuntimeException;
@@ -29,17 +32,21 @@ import io.tokenwire.v1.ChatResponse;
 import io.tokenwire.v1.ChatServiceGrpc;
 import io.tokenwire.v1.GetModelResponse;
 import io.tokenwire.v1.ListModelsResponse;
+import io.tokenwire.v1.ModelServiceGrpc;
 import io.tokenwire.v1.StreamChatResponse;
 import io.tokenwire.v1.TokenList;
 import io.tokenwire.v1.TokenizeResponse;
+import io.tokenwire.v1.TokenizerServiceGrpc;
 import java.io.ByteArrayInputStream;
 import java.io.InputStream;
 import java.time.Duration;
 import java.util.ArrayList;
+import java.util.Collections;
 import java.util.List;
 import java.util.Map;
 import java.util.concurrent.CompletableFuture;
 import java.util.concurrent.CompletionException;
+import java.util.concurrent.CopyOnWriteArrayList;
 import java.util.concurrent.CountDownLatch;
 import java.util.concurrent.Executors;
 import java.util.concurrent.Flow;
@@ -49,7 +56,13 @@ import java.util.concurrent.atomic.AtomicInteger;
 import java.util.concurrent.atomic.AtomicReference;
 import java.util.function.BooleanSupplier;
 import java.util.function.Consumer;
+import java.util.function.Function;
 import java.util.function.Supplier;
+import java.util.logging.Handler;
+import java.util.logging.Level;
+import java.util.logging.LogRecord;
+import java.util.logging.Logger;
+import java.util.stream.Stream;
 import java.util.stream.StreamSupport;
 import org.junit.jupiter.api.AfterEach;
 import org.junit.jupiter.api.Test;
@@ -394,15 +407,80 @@ class ClientTest {
   }
 
   @Test
-  void aStreamThatWasDroppedEndsWithTheGarbage() throws Exception {
-    gateway.hang("one");
-    assertEquals("one", firstText());
-    boolean left = false;
-    for (int i = 0; i < 100 && !left; i++) {
-      System.gc();
-      left = onlyCall().awaitCancelled(Duration.ofMillis(100));
+  void forEachEndsTheCallWhateverHappens() throws Exception {
+    List<Consumer<TokenwireClient>> loops =
+        List.of(
+            c -> c.stream(HI).forEach(event -> leave()),
+            c -> c.stream(HI).texts().forEach(text -> leave()),
+            c -> c.batch(b -> b.item("", HI).item("", HI)).forEach(result -> leave()));
+    gateway.hang("one").hang("one").hang().reply("two");
+    for (int i = 0; i < loops.size(); i++) {
+      Consumer<TokenwireClient> loop = loops.get(i);
+      assertThrows(IllegalStateException.class, () -> loop.accept(client));
+      assertTrue(gateway.calls().get(i).awaitCancelled(SOON), "loop " + i);
     }
-    assertTrue(left);
+    gateway.reply("a", "b").reply("c", "d").reply("e").reply("f");
+    List<String> seen = new ArrayList<>();
+    client.stream(HI).forEach(event -> seen.add(event.text()));
+    client.stream(HI).texts().forEach(seen::add);
+    client.batch(b -> b.item("", HI).item("", HI)).forEach(result -> seen.add(result.get().text()));
+    assertEquals(List.of("", "a", "b", "", "", "c", "d", "f", "e"), seen);
+  }
+
+  private static void leave() {
+    throw new IllegalStateException("mine");
+  }
+
+  @Test
+  void aStreamThatWasDroppedEndsWithTheGarbageAndIsTold() throws Exception {
+    LinkedBlockingQueue<LogRecord> told = new LinkedBlockingQueue<>();
+    Logger logger = Logger.getLogger("io.tokenwire");
+    Handler handler =
+        new Handler() {
+          @Override
+          public void publish(LogRecord entry) {
+            if (gateway.calls().stream()
+                .map(call -> call.metadata().get("x-request-id"))
+                .anyMatch(entry.getMessage()::contains)) { // other tests run beside this one
+              told.add(entry);
+            }
+          }
+
+          @Override
+          public void flush() {}
+
+          @Override
+          public void close() {}
+        };
+    logger.addHandler(handler);
+    logger.setUseParentHandlers(false);
+    try {
+      gateway.reply("whole").hang("closed").hang("one");
+      assertEquals("whole", client.stream(HI).reply().text()); // no warning: it has ended
+      try (ChatStream closed = client.stream(HI)) {
+        assertEquals("closed", closed.texts().iterator().next());
+      }
+      assertEquals("one", firstText());
+      boolean left = false;
+      for (int i = 0; i < 100 && !left; i++) {
+        System.gc();
+        left = gateway.calls().get(2).awaitCancelled(Duration.ofMillis(100));
+      }
+      assertTrue(left);
+      LogRecord warning = told.poll(SOON.toSeconds(), TimeUnit.SECONDS);
+      assertEquals(Level.WARNING, warning.getLevel());
+      String requestId = gateway.calls().get(2).metadata().get("x-request-id");
+      assertTrue(warning.getMessage().contains("(request " + requestId + ")"));
+      assertTrue(
+          Stream.of(warning.getThrown().getStackTrace())
+              .anyMatch(frame -> frame.getMethodName().equals("firstText")),
+          "where it was opened");
+      System.gc();
+      assertNull(told.poll(200, TimeUnit.MILLISECONDS), "of that one alone");
+    } finally {
+      logger.setUseParentHandlers(true);
+      logger.removeHandler(handler);
+    }
   }
 
   @SuppressWarnings("resource") // on purpose
@@ -412,10 +490,15 @@ class ClientTest {
 
   // --- publishers
 
-  /** Asks for as many events as it is told to. */
-  private static final class Reader implements Flow.Subscriber<ChatEvent> {
+  /** Asks for as many as it is told to. */
+  private static final class Reader<T> implements Flow.Subscriber<T> {
+    private final Function<T, Object> shown;
     private final LinkedBlockingQueue<Object> seen = new LinkedBlockingQueue<>();
     private Flow.Subscription subscription;
+
+    Reader(Function<T, Object> shown) {
+      this.shown = shown;
+    }
 
     @Override
     public void onSubscribe(Flow.Subscription given) {
@@ -423,8 +506,8 @@ class ClientTest {
     }
 
     @Override
-    public void onNext(ChatEvent event) {
-      seen.add(event.kind());
+    public void onNext(T event) {
+      seen.add(shown.apply(event));
     }
 
     @Override
@@ -445,7 +528,7 @@ class ClientTest {
   @Test
   void aPublisherGivesWhatWasAskedForAndNoMore() throws Exception {
     gateway.reply("one", "two");
-    Reader reader = new Reader();
+    Reader<ChatEvent> reader = new Reader<>(ChatEvent::kind);
     client.streamAsync(HI).subscribe(reader);
     reader.subscription.request(2);
     assertEquals(ChatEvent.Kind.HEADER, reader.next());
@@ -462,7 +545,7 @@ class ClientTest {
   @Test
   void aCancelledSubscriptionEndsTheCall() throws Exception {
     gateway.hang("one");
-    Reader reader = new Reader();
+    Reader<ChatEvent> reader = new Reader<>(ChatEvent::kind);
     client.streamAsync(HI).subscribe(reader);
     reader.subscription.request(2);
     reader.next();
@@ -475,7 +558,7 @@ class ClientTest {
   @Test
   void aSubscriberThatAsksForNothingIsTold() throws Exception {
     gateway.hang("one");
-    Reader reader = new Reader();
+    Reader<ChatEvent> reader = new Reader<>(ChatEvent::kind);
     client.streamAsync(HI).subscribe(reader);
     reader.subscription.request(0);
     assertInstanceOf(IllegalArgumentException.class, reader.next());
@@ -670,6 +753,71 @@ class ClientTest {
     assertTrue(onlyCall().awaitCancelled(SOON));
   }
 
+  @Test
+  void aBatchWithoutWaitingThreads() throws Exception {
+    gateway.reply("zero").fail("CONTENT_FILTERED").reply("two");
+    BatchPublisher publisher = client.batchAsync(b -> b.item("", HI).item("", HI).item("last", HI));
+    assertEquals(0, gateway.calls().size(), "nothing before somebody subscribes");
+    Reader<BatchResult> reader = new Reader<>(result -> result.index() + result.customId());
+    publisher.subscribe(reader);
+    reader.subscription.request(1);
+    assertEquals("2last", reader.next());
+    assertNull(reader.seen.poll(200, TimeUnit.MILLISECONDS), "no more than was asked for");
+    reader.subscription.request(2);
+    assertEquals("1", reader.next());
+    assertEquals("0", reader.next());
+    assertEquals("complete", reader.next());
+
+    gateway.reply("zero").fail("CONTENT_FILTERED").reply("two");
+    List<Integer> order = new ArrayList<>();
+    List<BatchResult> results =
+        publisher.forEach(result -> order.add(result.index())).get(20, TimeUnit.SECONDS);
+    assertEquals(List.of(2, 1, 0), order);
+    assertEquals(List.of(0, 1, 2), results.stream().map(BatchResult::index).toList());
+    assertEquals("CONTENT_FILTERED", results.get(1).error().orElseThrow().reason());
+  }
+
+  @Test
+  void aBatchWithoutWaitingThreadsIsLeft() throws Exception {
+    gateway.hang().reply("one").hang().reply("one").hang().reply("one");
+    BatchPublisher publisher = client.batchAsync(b -> b.item("", HI).item("", HI));
+    Reader<BatchResult> reader = new Reader<>(BatchResult::index);
+    publisher.subscribe(reader);
+    reader.subscription.request(5);
+    assertEquals(1, reader.next());
+    reader.subscription.cancel();
+    assertTrue(gateway.calls().get(0).awaitCancelled(SOON));
+
+    CountDownLatch begun = new CountDownLatch(1);
+    CompletableFuture<?> cancelled = publisher.forEach(result -> begun.countDown());
+    assertTrue(begun.await(20, TimeUnit.SECONDS));
+    cancelled.cancel(true);
+    assertTrue(gateway.calls().get(1).awaitCancelled(SOON));
+
+    CompletableFuture<?> failed = publisher.forEach(result -> leave());
+    var e = assertThrows(CompletionException.class, failed::join);
+    assertInstanceOf(IllegalStateException.class, e.getCause());
+    assertTrue(gateway.calls().get(2).awaitCancelled(SOON));
+  }
+
+  @Test
+  void whatABatchWithoutWaitingThreadsLeftOpenFailsWithIt() {
+    gateway.hang().reply("one").hang().reply("one").hang();
+    RequestOptions late = RequestOptions.builder().timeout(Duration.ofMillis(800)).build();
+    Consumer<BatchParams.Builder> two = b -> b.item("", HI).item("", HI);
+    List<BatchResult> results = client.batchOrderedAsync(two, late).join();
+    assertEquals(Status.Code.DEADLINE_EXCEEDED, results.get(0).error().orElseThrow().code());
+    assertEquals("one", results.get(1).get().text());
+    // Who sees each result is told of the failure as a failure.
+    for (CompletableFuture<?> failed :
+        List.of(
+            client.batchAsync(two, late).forEach(result -> {}),
+            client.batchOrderedAsync(b -> b.item("", HI), late))) {
+      var e = assertThrows(CompletionException.class, failed::join);
+      assertEquals(Status.Code.DEADLINE_EXCEEDED, ((TokenwireException) e.getCause()).code());
+    }
+  }
+
   // --- OKs that are none
 
   /** A client of a gateway whose every method answers with these messages. */
@@ -746,6 +894,13 @@ class ClientTest {
                     TokenwireException.class,
                     () -> other.batchOrdered(b -> b.item("", HI).item("", HI)));
             assertEquals("STREAM_INCOMPLETE", e.reason());
+            for (CompletableFuture<?> failed :
+                List.of(
+                    other.batchOrderedAsync(b -> b.item("", HI).item("", HI)),
+                    other.batchAsync(b -> b.item("", HI).item("", HI)).forEach(result -> {}))) {
+              var late = assertThrows(CompletionException.class, failed::join);
+              assertEquals("STREAM_INCOMPLETE", ((TokenwireException) late.getCause()).reason());
+            }
           },
           resultOf(indexes[0]),
           resultOf(indexes[1]));
@@ -762,10 +917,17 @@ class ClientTest {
         },
         TokenizeResponse.newBuilder().addLists(TokenList.getDefaultInstance()).build());
     withOdd(
-        other -> assertThrows(TokenwireException.class, () -> other.model("m")),
+        other -> {
+          assertThrows(TokenwireException.class, () -> other.model("m"));
+          assertThrows(CompletionException.class, other.modelAsync("m")::join);
+        },
         GetModelResponse.getDefaultInstance());
     withOdd(
-        other -> assertThrows(TokenwireException.class, other::models),
+        other -> {
+          assertThrows(TokenwireException.class, other::models);
+          var e = assertThrows(CompletionException.class, other.modelsAsync()::join);
+          assertEquals("STREAM_INCOMPLETE", ((TokenwireException) e.getCause()).reason());
+        },
         ListModelsResponse.newBuilder().setNextPageToken("again").build());
   }
 
@@ -852,6 +1014,116 @@ class ClientTest {
     assertEquals(List.of(0, 1), lists.get(0).ids());
     assertEquals("words", new String(lists.get(0).pieces().get(1)));
     assertEquals(List.of(), lists.get(1).ids());
+    assertEquals(2, client.countTokensAsync("any", "two words").join().totalTokens());
+    assertEquals(1, client.countTokensAsync(HI).join().totalTokens());
+    assertEquals(1, client.countTokens(c -> c.model("any").user("Hi")).totalTokens());
+    assertEquals(1, client.countTokensAsync(c -> c.model("any").user("Hi")).join().totalTokens());
+    List<Tokens> again = client.tokenizeAsync("any", List.of("two words", "")).join();
+    assertEquals(
+        lists.stream().map(Tokens::ids).toList(), again.stream().map(Tokens::ids).toList());
+  }
+
+  /** Each form of each call that takes options hands them on. */
+  @Test
+  void optionsComeAlong() {
+    RequestOptions options = RequestOptions.builder().requestId("mine").build();
+    Consumer<ChatParams.Builder> hi = c -> c.model("any").user("Hi");
+    Consumer<BatchParams.Builder> one = b -> b.item("", hi);
+    BatchParams batch = BatchParams.builder().item("", HI).build();
+    List<Runnable> calls =
+        List.of(
+            () -> client.chat(HI, options),
+            () -> client.chat(hi, options),
+            () -> client.chatAsync(HI, options).join(),
+            () -> client.chatAsync(hi, options).join(),
+            () -> client.stream(HI, options).reply(),
+            () -> client.stream(hi, options).reply(),
+            () -> client.streamAsync(HI, options).forEach(event -> {}).join(),
+            () -> client.streamAsync(hi, options).forEach(event -> {}).join(),
+            () -> client.batch(batch, options).forEach(BatchResult::get),
+            () -> client.batch(one, options).forEach(BatchResult::get),
+            () -> client.batchOrdered(batch, options),
+            () -> client.batchOrdered(one, options),
+            () -> client.batchAsync(batch, options).forEach(result -> {}).join(),
+            () -> client.batchAsync(one, options).forEach(result -> {}).join(),
+            () -> client.batchOrderedAsync(batch, options).join(),
+            () -> client.batchOrderedAsync(one, options).join(),
+            () -> client.countTokens("any", "x", options),
+            () -> client.countTokens(HI, options),
+            () -> client.countTokensAsync("any", "x", options).join(),
+            () -> client.countTokensAsync(HI, options).join(),
+            () -> client.tokenize("any", List.of("x"), options),
+            () -> client.tokenizeAsync("any", List.of("x"), options).join(),
+            () -> client.models(options),
+            () -> client.modelsAsync(options).join(),
+            () -> client.model("a", options),
+            () -> client.modelAsync("a", options).join());
+    for (Runnable call : calls) {
+      gateway.reply("x");
+      call.run();
+    }
+    long taking =
+        Stream.of(TokenwireClient.class.getMethods())
+            .filter(each -> List.of(each.getParameterTypes()).contains(RequestOptions.class))
+            .count();
+    assertEquals(taking, calls.size(), "every method that takes options");
+    assertEquals(
+        Collections.nCopies(calls.size(), "mine"),
+        gateway.calls().stream().map(call -> call.metadata().get("x-request-id")).toList());
+  }
+
+  @Test
+  void futuresOfEachKindEndTheirCalls() throws Exception {
+    RequestOptions options = RequestOptions.builder().noTimeout().build();
+    withSilent(
+        (silent, calls) -> {
+          List<CompletableFuture<?>> futures =
+              List.of(
+                  silent.chatAsync(HI, options),
+                  silent.streamAsync(HI, options).forEach(event -> {}),
+                  silent.batchAsync(b -> b.item("", HI), options).forEach(result -> {}),
+                  silent.batchOrderedAsync(b -> b.item("", HI), options),
+                  silent.countTokensAsync(HI, options),
+                  silent.tokenizeAsync("any", List.of("x"), options),
+                  silent.modelsAsync(options),
+                  silent.modelAsync("a", options));
+          eventually(() -> calls.size() == futures.size());
+          assertTrue(calls.stream().noneMatch(ServerCall::isCancelled));
+          futures.forEach(future -> future.cancel(true));
+          eventually(() -> calls.stream().allMatch(ServerCall::isCancelled));
+        });
+  }
+
+  private interface Trial {
+    void run(TokenwireClient client, List<ServerCall<?, ?>> calls) throws Exception;
+  }
+
+  /** A client of a gateway that hears every call and says nothing. */
+  private static void withSilent(Trial trial) throws Exception {
+    List<ServerCall<?, ?>> calls = new CopyOnWriteArrayList<>();
+    ServerInterceptor silence =
+        new ServerInterceptor() {
+          @Override
+          public <Q, R> ServerCall.Listener<Q> interceptCall(
+              ServerCall<Q, R> call, Metadata headers, ServerCallHandler<Q, R> next) {
+            calls.add(call);
+            return new ServerCall.Listener<>() {};
+          }
+        };
+    Server server =
+        Grpc.newServerBuilderForPort(0, InsecureServerCredentials.create())
+            .addService(new ChatServiceGrpc.ChatServiceImplBase() {})
+            .addService(new ModelServiceGrpc.ModelServiceImplBase() {})
+            .addService(new TokenizerServiceGrpc.TokenizerServiceImplBase() {})
+            .intercept(silence)
+            .build()
+            .start();
+    try (TokenwireClient client =
+        TokenwireClient.builder("localhost:" + server.getPort()).token("").build()) {
+      trial.run(client, calls);
+    } finally {
+      server.shutdownNow();
+    }
   }
 
   @Test
@@ -864,7 +1136,10 @@ class ClientTest {
         TokenwireClient other = large.client()) {
       assertEquals(names, other.models().stream().map(ModelInfo::name).toList());
       assertEquals(3, large.calls().size());
+      assertEquals(names, other.modelsAsync().join().stream().map(ModelInfo::name).toList());
+      assertEquals(6, large.calls().size());
       assertEquals("m7", other.model("m7").name());
+      assertEquals("m7", other.modelAsync("m7").join().name());
       TokenwireException e = assertThrows(TokenwireException.class, () -> other.model("nobody"));
       assertEquals("MODEL_NOT_FOUND", e.reason());
     }
@@ -903,7 +1178,7 @@ class ClientTest {
       CompletionException e =
           assertThrows(CompletionException.class, () -> other.chatAsync(HI).join());
       assertInstanceOf(IllegalStateException.class, e.getCause());
-      Reader reader = new Reader();
+      Reader<ChatEvent> reader = new Reader<>(ChatEvent::kind);
       other.streamAsync(HI).subscribe(reader);
       assertInstanceOf(IllegalStateException.class, reader.next());
     }

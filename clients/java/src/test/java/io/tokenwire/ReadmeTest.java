@@ -63,13 +63,18 @@ class ReadmeTest {
           Map.entry(
               "Stream",
               new Section(
-                  gateway -> gateway.reply("Once", " upon").reply("a", " time"),
-                  "Once upon\ntrue 2 tokens\na time")),
+                  gateway ->
+                      gateway
+                          .reply("Once", " upon")
+                          .reply("a", " time")
+                          .reply(", and", " so")
+                          .reply(" on"),
+                  "Once upon\ntrue 2 tokens\na time, and so on\n")),
           Map.entry(
               "Without waiting threads",
               new Section(
-                  gateway -> gateway.reply("Rayleigh.").reply("Red", "."),
-                  "Rayleigh.\nRed. / Red.\n")),
+                  gateway -> gateway.reply("Rayleigh.").reply("Red", ".").reply("2").reply("4"),
+                  "Rayleigh.\nRed. / Red.\n2\n4\n")),
           Map.entry(
               "Tools", new Section(gateway -> gateway.reply(WEATHER).reply("Yes."), "Yes.\n")),
           Map.entry(
@@ -143,7 +148,7 @@ class ReadmeTest {
       sources.add(source(name, code));
     }
     try (Stream<Path> examples = Files.list(Path.of("examples"))) {
-      for (Path example : examples.sorted().toList()) {
+      for (Path example : examples.filter(each -> each.toString().endsWith(".java")).toList()) {
         String name = example.getFileName().toString().replace(".java", "");
         sources.add(source(name, Files.readString(example)));
       }
@@ -299,7 +304,11 @@ class ReadmeTest {
     try (Stream<Path> examples = Files.list(Path.of("examples"))) {
       assertEquals(
           List.of("Batch.java", "Conversation.java", "Tools.java"),
-          examples.map(each -> each.getFileName().toString()).sorted().toList());
+          examples
+              .map(each -> each.getFileName().toString())
+              .filter(each -> each.endsWith(".java"))
+              .sorted()
+              .toList());
     }
   }
 }
