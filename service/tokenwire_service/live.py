@@ -23,6 +23,7 @@ from tokenwire_service.counters import Counters
 from tokenwire_service.gateway import Gateway
 from tokenwire_service.keyfiles import FileUnusable, FileUsable, KeyFiles
 from tokenwire_service.keyring import KeyRing
+from tokenwire_service.looplag import LoopLag
 from tokenwire_service.pool import Pool
 from tokenwire_service.quotas import Quotas
 from tokenwire_service.relay import HEARTBEAT_SECONDS, Relayed
@@ -61,6 +62,7 @@ class Live:
         *,
         heartbeat: float = HEARTBEAT_SECONDS,
         relayed: Relayed | None = None,
+        lag: LoopLag | None = None,
         quotas: Quotas | None = None,
     ) -> None:
         self.config = config
@@ -70,6 +72,7 @@ class Live:
         self._logger = logger
         self._heartbeat = heartbeat
         self._relayed = relayed
+        self._lag = lag
         self._dialect = chooser()
         self._pools: dict[str, Pool] = {}
         self.files = KeyFiles(config.upstreams)
@@ -154,6 +157,7 @@ class Live:
             backoff=Backoff(config.retries.backoff, config.retries.backoff_cap),
             heartbeat=self._heartbeat,
             relayed=self._relayed,
+            lag=self._lag,
             before=before,
         )
 
