@@ -149,7 +149,7 @@ async def serving(
             stack.push_async_callback(otlp.close)  # last of all: what ends now is told, too
             wanted.append(otlp.observer)
         observer = Observers(*(each for each in wanted if each is not None))
-        quotas = await stack.enter_async_context(sharing.started(config.redis, logger))
+        shared = await stack.enter_async_context(sharing.started(config.redis, logger))
         live = Live(
             config,
             observer,
@@ -158,7 +158,7 @@ async def serving(
             logger,
             heartbeat=heartbeat,
             relayed=_relayed(recent, metrics),
-            quotas=quotas,
+            shared=shared,
         )
         stack.push_async_callback(live.close)
         gateway = live.gateway

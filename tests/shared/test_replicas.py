@@ -40,16 +40,23 @@ async def gateways(
     folder: Path, server: RedisServer, count: int = 3, **settings: Any
 ) -> AsyncIterator[list[Program]]:
     """Some replicas of one configuration in front of one simulator."""
+    keys = settings.pop("keys", None)
     callers = {
         name: {"tokens": [{"env": name.upper()}], **limits} for name, limits in CALLERS.items()
     }
     # The machine may be busy: only one that is killed is away.
     shared = {"url": server.url, "on_failure": "open", "lease": "1s", "timeout": "10s"}
     shared |= settings.pop("redis", {})
+    folder.mkdir(exist_ok=True)
     async with Simulator(tokens_per_second=0).serving() as url, AsyncExitStack() as stack:
         config = write_config(
             folder, url, callers=callers, redis=shared, admin={"listen": "off"}, **settings
         )
+        if keys is not None:
+            text = Path(config).read_text()
+            written = json.loads(text)
+            written["upstreams"]["test"]["keys"] = keys
+            Path(config).write_text(json.dumps(written))
         variables = {**TOKENS, "TEST_KEY": KEYS}
         starting = (
             stack.enter_async_context(serve("--config", config, **variables)) for _ in range(count)
@@ -66,6 +73,7 @@ class Load:
     failures: list[Failure] = field(default_factory=list)
     answered: Counter[int] = field(default_factory=Counter)  # by replica
     stopped: bool = False
+    seconds: float | None = None  # until each call's deadline
 
     @property
     def total(self) -> int:
@@ -77,7 +85,9 @@ class Load:
 
     async def ask(self, index: int) -> None:
         try:
-            await self.replicas[index].chat.Chat(request(), metadata=bearer(self.caller))
+            await self.replicas[index].chat.Chat(
+                request(), metadata=bearer(self.caller), timeout=self.seconds
+            )
             self.answered[index] += 1
         except grpc.aio.AioRpcError as error:
             self.failures.append(failure_of(error))
@@ -238,3 +248,108 @@ async def test_a_start_without_redis_is_a_start(redis: RedisServer, tmp_path: Pa
         await load.ask(0)
         assert load.total == 2
         assert "caller:many" in await redis.contents()
+
+
+# --- keys -------------------------------------------------------------------------------------
+
+NAMED = [{"env": "TEST_KEY", "id": "k"}]  # k-1 and k-2
+
+
+async def keys_asked(replica: Program, **directive: Any) -> list[str]:
+    """The ids of the keys that one call was tried with, in order."""
+    chat = request(extra_body_json=simulate(**directive))
+    answer = await replica.chat.Chat(chat, metadata=bearer("free"))
+    return [each.key_id for each in answer.header.attempts]
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ({"fault": "rate_limited", "retry_after_s": 100}, "group_model"),
+        ({"fault": "invalid_api_key"}, "key"),
+    ],
+)
+async def test_a_key_that_closes_on_one_replica_is_left_alone_by_the_others_within_a_second(
+    redis: RedisServer, tmp_path: Path, fault: dict[str, Any], told: str
+) -> None:
+    async with gateways(tmp_path, redis, keys=NAMED) as three:
+        fault = {**fault, "keys": ["-one"]}
+        assert await keys_asked(three[0], **fault) == ["k-1", "k-2"]
+        await asyncio.sleep(1)
+        for each in three:
+            for _ in range(4):
+                assert await keys_asked(each, **fault) == ["k-2"]
+        # One that starts later hears of it, too; and Redis may forget it, or be away meanwhile.
+        await redis.kill()
+        await redis.start()
+        await until(every(three, "redis is here", 2))
+        async with gateways(tmp_path / "later", redis, 1, keys=NAMED) as (later,):
+            await asyncio.sleep(1)
+            # Its upstream has another address, but the keys are the same.
+            assert await keys_asked(later, **fault) == ["k-2"]
+        found = await redis.contents()
+        assert f" {told} " in found
+        for secret in KEYS.split(","):
+            assert secret not in found
+
+
+async def test_limits_of_keys_hold_over_three_replicas(redis: RedisServer, tmp_path: Path) -> None:
+    keys = [{"env": "TEST_KEY", "id": "k", "requests_per_minute": 60}]
+    async with gateways(tmp_path, redis, keys=keys) as three:
+        load = Load(three, "free")
+        load.seconds = 3.0
+        await asyncio.gather(*(load.ask(index % 3) for index in range(180)))
+        assert load.total == pytest.approx(120, rel=0.02)  # of two keys
+        assert len(load.answered) == 3
+        assert set(load.reasons) == {"RATE_LIMITED"}
+
+
+async def test_requests_at_once_of_a_key_hold_and_who_waits_has_its_turn(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    keys = [{"env": "TEST_KEY", "id": "k", "in_flight": 2}]
+    async with gateways(tmp_path, redis, keys=keys) as three:
+        stalled = stream_request(request(extra_body_json=STALLED))
+        held = [
+            await begun(three[i % 3].chat.StreamChat(stalled, metadata=bearer("free")))
+            for i in range(4)
+        ]
+        waiting = [asyncio.ensure_future(keys_asked(each, tokens=1)) for each in three]
+        await asyncio.sleep(0.5)
+        assert not any(each.done() for each in waiting)
+        held.pop().cancel()
+        async with asyncio.timeout(10):  # one after the other has the one that is free
+            assert [len(await each) for each in waiting] == [1, 1, 1]
+        # A replica that is killed gives its two back.
+        three[0].signal(signal.SIGKILL)
+        more = [
+            await begun(three[1].chat.StreamChat(stalled, metadata=bearer("free")))
+            for _ in range(2)
+        ]
+        for each in (*held, *more):
+            each.cancel()
+        await asyncio.gather(*held, *more, return_exceptions=True)
+
+
+@pytest.mark.parametrize("on_failure", ["open", "closed"])
+async def test_limits_of_keys_while_redis_is_away(
+    redis: RedisServer, tmp_path: Path, on_failure: str
+) -> None:
+    keys = [{"env": "TEST_KEY", "id": "k", "requests_per_minute": 1000}]
+    async with gateways(tmp_path, redis, keys=keys, redis={"on_failure": on_failure}) as three:
+        load = Load(three, "free")
+        async with load.running():
+            await load.more(100)
+            assert load.failures == []
+            await redis.kill()
+            await load.more(200)
+            await redis.start()
+            await until(every(three, "redis is here", 2))
+            answered = load.total
+            await load.more(60)
+            assert load.total >= answered + 50
+        if on_failure == "open":
+            assert load.failures == []
+        else:
+            assert set(load.reasons) == {"GATEWAY_OVERLOADED"}
+            assert "limits of the keys of upstream test" in load.failures[0].message
