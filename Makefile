@@ -196,7 +196,9 @@ conformance: $(BIN)/.complete $(CONTRACT)/.complete ## Run every client against 
 
 .PHONY: package
 package: $(BIN)/.complete $(CONTRACT)/.complete ## Build what is published: wheels, Go module, jars, crate, npm tarball, into build/
+	@rm -rf build/wheels
 	@$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation ./clients/python ./service -w build/wheels
+	@$(BIN)/python clients/python/outside/check.py build/wheels build/outside-python
 	@$(call in-clients,package)
 
 # --- contract -----------------------------------------------------------------------

@@ -571,4 +571,36 @@ MUTANTS = (
         "        return repr(self.__value)",
         (RING, "tests/unit/test_config.py", SECRETS),
     ),
+    # --- telemetry ---
+    Mutant(
+        "names that nobody answers for make no series",
+        "        if not answered or len(self._earned) >= self._most",
+        "        if len(self._earned) >= self._most",
+        ("tests/unit/test_labels.py",),
+        quick=True,
+    ),
+    Mutant(
+        "calls that a full queue refuses are counted",
+        "            self.dropped += 1\n            raise FullError",
+        "            raise FullError",
+        ("tests/service/test_metrics.py",),
+    ),
+    Mutant(
+        "each delta but the first of a stream ends a gap",
+        "                self._relayed(deltas, None, now - self._delta_at)",
+        "                self._relayed(deltas, None, None)",
+        ("tests/service/test_metrics.py",),
+    ),
+    Mutant(
+        "upstreams get the trace of their attempt",
+        "                progress.headers = attempt.span.headers\n",
+        "",
+        ("tests/service/test_traceparent.py",),
+    ),
+    Mutant(
+        "a trace that its caller does not record goes on within it",
+        '        if len(found["traceparent"]) == 1:',
+        '        if len(found["traceparent"]) > 1:',
+        ("tests/service/test_traceparent.py",),
+    ),
 )

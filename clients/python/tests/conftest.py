@@ -40,6 +40,11 @@ class Blocking:
         self.close()
         self._client = self._gateway.client(**options)
 
+    def move(self, gateway: FakeGateway, **options: Any) -> None:
+        """Replace the client by one of another gateway."""
+        self._gateway = gateway
+        self.connect(**options)
+
     def call(self, method: str, *args: Any, **options: Any) -> Any:
         """What a unary method returns."""
         return getattr(self._client, method)(*args, **options)
@@ -75,6 +80,10 @@ class Asyncio:
     def connect(self, **options: Any) -> None:
         self._runner.run(self._client.close())
         self._client = self._gateway.async_client(**options)
+
+    def move(self, gateway: FakeGateway, **options: Any) -> None:
+        self._gateway = gateway
+        self.connect(**options)
 
     def call(self, method: str, *args: Any, **options: Any) -> Any:
         async def call() -> Any:

@@ -11,7 +11,7 @@ import pytest
 from google.protobuf.descriptor import ServiceDescriptor
 
 from tokenwire import AsyncClient, Client
-from tokenwire.channel import Endpoint
+from tokenwire.channel import Endpoint, authorization
 from tokenwire.core import Core
 from tokenwire.v1 import chat_service_pb2, model_service_pb2, tokenizer_service_pb2
 
@@ -44,15 +44,17 @@ class Transport:
 def test_the_environment_fills_in_what_is_not_given() -> None:
     environ = {"TOKENWIRE_TARGET": "there:1", "TOKENWIRE_TOKEN": SECRET}
     assert endpoint().target == "localhost:50051"
-    assert endpoint().authorization() == ()
+    assert authorization(endpoint().token()) == ()
     assert endpoint(environ=environ).target == "there:1"
-    assert endpoint(environ=environ).authorization() == (("authorization", f"Bearer {SECRET}"),)
+    assert authorization(endpoint(environ=environ).token()) == (
+        ("authorization", f"Bearer {SECRET}"),
+    )
     assert endpoint("here:2", "own", environ=environ).target == "here:2"
-    assert endpoint("here:2", "own", environ=environ).authorization() == (
+    assert authorization(endpoint("here:2", "own", environ=environ).token()) == (
         ("authorization", "Bearer own"),
     )
-    assert endpoint(token="", environ=environ).authorization() == ()
-    assert endpoint(token=lambda: "", environ=environ).authorization() == ()
+    assert authorization(endpoint(token="", environ=environ).token()) == ()
+    assert authorization(endpoint(token=lambda: "", environ=environ).token()) == ()
 
 
 def test_the_clients_read_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +101,7 @@ def test_a_token_no_header_can_carry_is_not_repeated_in_the_error(token: str) ->
     with pytest.raises(ValueError, match="token: holds") as given:
         endpoint(token=token)
     with pytest.raises(ValueError, match="token: holds") as supplied:
-        endpoint(token=lambda: token).authorization()
+        authorization(endpoint(token=lambda: token).token())
     assert SECRET not in str(given.value) + str(supplied.value)
 
 

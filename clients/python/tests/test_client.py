@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -349,6 +350,111 @@ def test_without_a_token_there_is_no_header(client: Any, gateway: FakeGateway) -
     gateway.reply("a")
     client.call("chat", "Hi", model="m")
     assert "authorization" not in gateway.calls[0].metadata
+
+
+class Vault:
+    """Gives tokens as a coroutine, and stays silent when it is shut."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.left = 0
+        self.is_shut = False
+
+    async def token(self) -> str:
+        self.asked += 1
+        try:
+            await asyncio.sleep(3600 if self.is_shut else 0)
+        except asyncio.CancelledError:
+            self.left += 1
+            raise
+        return f"token-{self.asked}"
+
+
+async def test_a_token_may_be_awaited(gateway: FakeGateway) -> None:
+    vault = Vault()
+    gateway.fail("GATEWAY_DRAINING").reply("a").reply("b").reply("c")
+    async with gateway.async_client(token=vault.token) as client:
+        assert (await client.chat("Hi", model="m")).text == "a"
+        stream = client.stream("Hi", model="m")
+        assert [text async for text in stream.text_deltas()] == ["b"]
+        assert (await client.batch_ordered(["Hi"], model="m"))[0].unwrap().text == "c"
+        assert len(await client.models()) == 1
+    shown = [call.metadata["authorization"] for call in gateway.calls]
+    assert shown == [f"Bearer token-{n}" for n in (1, 1, 2, 3, 4)]  # a retry is the same call
+
+
+@pytest.mark.parametrize("method", ["chat", "stream", "batch_ordered"])
+@pytest.mark.parametrize("by", ["timeout", "cancelling the task", "closing the client"])
+async def test_a_token_that_never_comes_is_waited_for_no_longer_than_the_call(
+    gateway: FakeGateway, method: str, by: str
+) -> None:
+    vault = Vault()
+    vault.is_shut = True
+    async with gateway.async_client(token=vault.token) as client:
+
+        async def ask() -> None:
+            prompt: Any = ["Hi"] if method == "batch_ordered" else "Hi"
+            timeout = 0.1 if by == "timeout" else None
+            answer = getattr(client, method)(prompt, model="m", timeout=timeout)
+            if method == "stream":
+                async for _ in answer:
+                    pass
+            else:
+                await answer
+
+        task = asyncio.create_task(ask())
+        while not vault.asked:
+            await asyncio.sleep(0.01)
+        if by == "cancelling the task":
+            task.cancel()
+        elif by == "closing the client":
+            await client.close()
+        with pytest.raises((TokenwireError, asyncio.CancelledError)) as caught:
+            await task
+    assert (vault.asked, vault.left, gateway.calls) == (1, 1, [])
+    codes = {"timeout": "DEADLINE_EXCEEDED", "closing the client": "CANCELLED"}
+    if isinstance(caught.value, TokenwireError):
+        assert caught.value.code.name == codes[by]
+    assert task.cancelled() == (by == "cancelling the task")
+
+
+async def test_a_stream_that_is_left_before_its_token_comes(gateway: FakeGateway) -> None:
+    vault = Vault()
+    vault.is_shut = True
+    async with gateway.async_client(token=vault.token) as client:
+        stream = client.stream("Hi", model="m")
+        await asyncio.sleep(0.01)
+        await stream.close()
+        with pytest.raises(TokenwireError, match="cancelled here"):
+            await anext(stream)
+        dropped = client.stream("Hi", model="m")
+        await asyncio.sleep(0.01)
+        del dropped
+        await asyncio.sleep(0.01)
+    assert (vault.asked, vault.left, gateway.calls) == (2, 2, [])
+
+
+async def test_what_a_token_function_raises_is_what_the_call_raises(gateway: FakeGateway) -> None:
+    class Shut(Exception):
+        pass
+
+    async def shut() -> str:
+        raise Shut
+
+    async def spaced() -> str:
+        return "se cret"
+
+    async with gateway.async_client(token=shut) as client:
+        with pytest.raises(Shut):
+            await client.chat("Hi", model="m")
+        with pytest.raises(Shut):
+            await anext(client.stream("Hi", model="m"))
+    async with gateway.async_client(token=spaced) as client:
+        with pytest.raises(ValueError, match="token: holds a space"):
+            await client.chat("Hi", model="m")
+    with gateway.client(token=shut) as blocking, pytest.raises(TypeError, match="AsyncClient"):
+        blocking.chat("Hi", model="m")
+    assert gateway.calls == []
 
 
 # --- batches ------------------------------------------------------------------------

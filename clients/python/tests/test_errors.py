@@ -11,7 +11,7 @@ from google.protobuf.any_pb2 import Any as AnyProto
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
-from tokenwire import FieldViolation, Reply, TokenwireError
+from tokenwire import FieldViolation, Reason, Reply, TokenwireError
 from tokenwire.errors import DETAILS_KEY, PUSHBACK_KEY, from_call, from_status
 from tokenwire.v1.chat_pb2 import ChatMessage
 from tokenwire.v1.chat_service_pb2 import ChatResponse, Choice
@@ -69,6 +69,18 @@ def test_all_details() -> None:
     assert str(decoded) == (
         "RATE_LIMITED: message (retry after 12.5 s, 2 attempts, request echoed)\n  a.b: d"
     )
+
+
+def test_reasons_can_be_matched_and_newer_ones_are_kept() -> None:
+    match error((DETAILS_KEY, packed(INFO))).reason:
+        case Reason.RATE_LIMITED:
+            pass
+        case other:
+            raise AssertionError(other)
+    newer = error_details_pb2.ErrorInfo(reason="MODEL_ASLEEP", domain="tokenwire")
+    decoded = error((DETAILS_KEY, packed(newer)))
+    assert (decoded.reason, decoded.is_retryable) == ("MODEL_ASLEEP", True)
+    assert f"{Reason.RATE_LIMITED}" == "RATE_LIMITED"
 
 
 def test_a_single_refused_field_is_said_once() -> None:

@@ -27,8 +27,9 @@ SECTIONS: dict[str, tuple[Callable[[FakeGateway], Any], str]] = {
             .reply("Short waves.")
             .reply("Long way.")
             .reply('{"city": "Oslo", "degrees": -3}')
+            .reply('{"city": "Rome", "degrees": 21.5}')
         ),
-        "Rayleigh.\nstop 6 fake\nLong way.\n-3\n",
+        "Rayleigh.\nstop 6 fake\nLong way.\n-3\nRome 21.5\n",
     ),
     "Stream": (
         lambda gateway: gateway.reply("Once", " upon").reply("a", " time"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tokenwire import TokenwireError
+from tokenwire import Reason, TokenwireError
 from tokenwire.testing import CODES, FakeGateway
 from tokenwire.v1.chat_service_pb2 import Finish, StreamChatResponse
 from tokenwire.v1.error_reason_pb2 import ErrorReason
@@ -13,6 +13,7 @@ from tokenwire.v1.error_reason_pb2 import ErrorReason
 def test_every_reason_has_its_code() -> None:
     names = {name.removeprefix("ERROR_REASON_") for name in ErrorReason.keys()}  # noqa: SIM118 - no dict
     assert set(CODES) == names - {"UNSPECIFIED"}
+    assert {str(reason) for reason in Reason} == {*CODES, "STREAM_INCOMPLETE"}
 
 
 @pytest.mark.parametrize("reason", sorted(CODES))

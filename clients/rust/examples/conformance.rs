@@ -278,7 +278,7 @@ fn told(error: &Error) -> Value {
     let fields: Vec<_> = error.field_violations().iter().map(|each| &each.field).collect();
     json!({
         "code": code_name(error),
-        "reason": error.reason(),
+        "reason": error.reason().as_str(),
         "retry_after_ms": error.retry_after().map(|delay| delay.as_millis() as u64),
         "retryable": error.is_retryable(),
         "attempts": error.attempts(),

@@ -460,6 +460,82 @@ mod tests {
         assert_eq!(*transport.throttle.tokens.lock().unwrap(), MAX_TOKENS);
     }
 
+    /// Three gateways that a name may stand for: at other addresses, on one port.
+    #[cfg(all(feature = "testing", target_os = "linux"))]
+    fn beside_each_other() -> [(crate::testing::FakeGateway, std::net::SocketAddr); 3] {
+        use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+        let bound = || {
+            let first = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+            let port = first.local_addr()?.port();
+            let at = |last| TcpListener::bind((Ipv4Addr::new(127, 0, 0, last), port));
+            std::io::Result::Ok([first, at(2)?, at(3)?])
+        };
+        let listeners = (0..100).find_map(|_| bound().ok()).expect("a port that all have");
+        listeners.map(|listener| {
+            let address: SocketAddr = listener.local_addr().unwrap();
+            (crate::testing::FakeGateway::builder().start_on(listener), address)
+        })
+    }
+
+    #[cfg(all(feature = "testing", target_os = "linux"))]
+    #[tokio::test]
+    async fn a_name_stands_for_replicas_that_come_and_go() {
+        use crate::channel::Names;
+        use crate::v1;
+        use std::net::SocketAddr;
+        use std::sync::Arc;
+
+        type Said = Option<Vec<SocketAddr>>;
+        let [(one, at_one), (two, at_two), (three, at_three)] = beside_each_other();
+        let said: Arc<Mutex<Said>> = Arc::default();
+        let dns = said.clone();
+        let lookup = move |host: String, port| -> BoxFuture<std::io::Result<Vec<SocketAddr>>> {
+            assert_eq!((&*host, port), ("gateway.internal", at_one.port()));
+            let answer = dns.lock().unwrap().clone();
+            Box::pin(async { answer.ok_or_else(|| std::io::Error::other("no such name")) })
+        };
+        let short = Duration::from_millis(1);
+        let names = Names { lookup: Arc::new(lookup), keep: short, keep_in_need: short };
+        let target = format!("gateway.internal:{}", at_one.port());
+        let gateway = Gateway::found_by(&target, None, Arc::new(|it| it), names).unwrap();
+        let transport = Transport { gateway, token: Token::None, throttle: Throttle::new() };
+        let ask = async || {
+            let call = Call::new(Method::GetModel, CallOptions::default(), None).unwrap();
+            let request = v1::GetModelRequest { name: "any".to_owned() };
+            transport.unary::<_, v1::GetModelResponse>(call, request).await
+        };
+        let is_met = async |gateway: &crate::testing::FakeGateway| {
+            let before = gateway.calls().len();
+            for _ in 0..500 {
+                ask().await.unwrap();
+                if gateway.calls().len() > before {
+                    return true;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await; // DNS is asked meanwhile
+            }
+            false
+        };
+
+        let error = ask().await.unwrap_err();
+        assert_eq!(error.code(), Code::Unavailable);
+        assert_eq!(error.message(), "cannot resolve \"gateway.internal\": no such name");
+        *said.lock().unwrap() = Some(vec![at_one, at_two]);
+        assert!(is_met(&one).await && is_met(&two).await);
+        *said.lock().unwrap() = Some(vec![at_two, at_three]);
+        assert!(is_met(&three).await && is_met(&two).await);
+        let gone = one.calls().len();
+        // What was known serves on where DNS fails, or says nothing.
+        for silence in [None, Some(Vec::new())] {
+            *said.lock().unwrap() = silence;
+            assert!(is_met(&two).await && is_met(&three).await);
+        }
+        assert_eq!(one.calls().len(), gone);
+        // A replica that cannot be reached fails no call, and costs no attempt.
+        *said.lock().unwrap() = Some(vec![at_one, at_two, at_three]);
+        drop(three);
+        assert!(is_met(&one).await && is_met(&two).await && is_met(&one).await);
+    }
+
     #[test]
     fn pushback_is_obeyed() {
         let pause = |value| Throttle::new().pause(unavailable(Some(value)), 1);

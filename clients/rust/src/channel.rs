@@ -18,13 +18,9 @@ pub(crate) const DEFAULT_TARGET: &str = "localhost:50051";
 
 /// A model may think for minutes in silence. These pings notice a dead connection, and keep
 /// proxies from dropping a live one; the gateway allows one per 10 s.
-const PING_EVERY: Duration = Duration::from_secs(30);
+const PING_EVERY: Duration = Duration::from_millis(if cfg!(test) { 200 } else { 30_000 });
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How old the answer of DNS may be while calls are made, and while a replica cannot be reached.
-const RESOLVE_EVERY: Duration = Duration::from_secs(30);
-const RESOLVE_IN_NEED: Duration = Duration::from_secs(1);
 
 /// How long a replica that could not be connected to is passed over, if there is another.
 const REST: Duration = Duration::from_secs(1);
@@ -42,11 +38,12 @@ pub struct Tls {
     config: ClientTlsConfig,
     /// Whether the name that the certificate must have is settled; else it is the target's.
     named: bool,
+    refused: Option<&'static str>,
 }
 
 impl Tls {
     fn new(config: ClientTlsConfig) -> Self {
-        Self { config, named: false }
+        Self { config, named: false, refused: None }
     }
 
     /// Trusts the authorities of the operating system.
@@ -56,7 +53,12 @@ impl Tls {
 
     /// Trusts only these authorities: certificates as PEM text.
     pub fn authorities(pem: impl AsRef<[u8]>) -> Self {
-        Self::new(ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)))
+        // A text without any would trust nobody, and say so only when it meets the gateway.
+        let has_some =
+            String::from_utf8_lossy(pem.as_ref()).contains("-----BEGIN CERTIFICATE-----");
+        let refused = (!has_some).then_some("expected the authorities' certificates as PEM text");
+        let tls = Self::new(ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)));
+        Self { refused, ..tls }
     }
 
     /// The client's own certificate (chain) and key as PEM text, for mutual TLS.
@@ -68,7 +70,7 @@ impl Tls {
     /// The name the gateway's certificate must have; unless given, that of the target.
     #[must_use]
     pub fn server_name(self, name: impl Into<String>) -> Self {
-        Self { config: self.config.domain_name(name), named: true }
+        Self { config: self.config.domain_name(name), named: true, ..self }
     }
 
     /// For a target of this host.
@@ -83,7 +85,7 @@ impl Tls {
 /// looks for in their certificates otherwise.
 impl From<ClientTlsConfig> for Tls {
     fn from(config: ClientTlsConfig) -> Self {
-        Self { config, named: true }
+        Self { named: true, ..Self::new(config) }
     }
 }
 
@@ -172,7 +174,7 @@ enum Way {
     /// A channel of the caller's own.
     Given(Channel),
     Found {
-        settings: Settings,
+        settings: Box<Settings>,
         replicas: Arc<Mutex<Replicas>>,
         first: tokio::sync::Mutex<()>,
     },
@@ -183,6 +185,31 @@ struct Settings {
     target: Target,
     tls: Option<Tls>,
     configure: Configure,
+    names: Names,
+}
+
+pub(crate) type Lookup =
+    dyn Fn(String, u16) -> BoxFuture<std::io::Result<Vec<SocketAddr>>> + Send + Sync;
+
+/// What names stand for.
+#[derive(Clone)]
+pub(crate) struct Names {
+    pub(crate) lookup: Arc<Lookup>,
+    /// How old an answer may be while calls are made.
+    pub(crate) keep: Duration,
+    /// And while a replica cannot be reached.
+    pub(crate) keep_in_need: Duration,
+}
+
+impl Names {
+    /// As the operating system knows them.
+    fn system() -> Self {
+        let lookup = |host: String, port| -> BoxFuture<_> {
+            Box::pin(async move { Ok(tokio::net::lookup_host((host, port)).await?.collect()) })
+        };
+        let (keep, keep_in_need) = (Duration::from_secs(30), Duration::from_secs(1));
+        Self { lookup: Arc::new(lookup), keep, keep_in_need }
+    }
 }
 
 #[derive(Default)]
@@ -238,11 +265,20 @@ impl Gateway {
     }
 
     pub(crate) fn at(target: &str, tls: Option<Tls>, configure: Configure) -> Result<Self, Error> {
-        let settings = Settings { target: Target::parse(target)?, tls, configure };
+        Self::found_by(target, tls, configure, Names::system())
+    }
+
+    pub(crate) fn found_by(
+        target: &str,
+        tls: Option<Tls>,
+        configure: Configure,
+        names: Names,
+    ) -> Result<Self, Error> {
+        let settings = Settings { target: Target::parse(target)?, tls, configure, names };
         // What is wrong with certificates is told now, not by the first call.
         settings.endpoint("127.0.0.1:1")?;
-        let way =
-            Way::Found { settings, replicas: Arc::default(), first: tokio::sync::Mutex::default() };
+        let (settings, first) = (Box::new(settings), tokio::sync::Mutex::default());
+        let way = Way::Found { settings, replicas: Arc::default(), first };
         Ok(Self { name: target.to_owned(), way })
     }
 
@@ -352,7 +388,8 @@ fn locked(replicas: &Mutex<Replicas>) -> MutexGuard<'_, Replicas> {
 fn refresh(settings: &Settings, replicas: &Arc<Mutex<Replicas>>, state: &mut Replicas) {
     let age = state.resolved.map_or(Duration::MAX, |at| at.elapsed());
     let in_need = state.all.iter().any(|replica| replica.rests_until.is_some());
-    if state.resolving || age < (if in_need { RESOLVE_IN_NEED } else { RESOLVE_EVERY }) {
+    let Names { keep, keep_in_need, .. } = settings.names;
+    if state.resolving || age < (if in_need { keep_in_need } else { keep }) {
         return;
     }
     state.resolving = true;
@@ -454,9 +491,9 @@ impl Settings {
         let port = authority.port_u16().unwrap_or_default();
         let unresolved =
             |why: String| Error::new(Code::Unavailable, format!("cannot resolve {host:?}: {why}"));
-        let found =
-            tokio::net::lookup_host((host, port)).await.map_err(|e| unresolved(e.to_string()))?;
-        let addresses: Vec<_> = found.map(|address: SocketAddr| address.to_string()).collect();
+        let found = (self.names.lookup)(host.to_owned(), port).await;
+        let found = found.map_err(|error| unresolved(error.to_string()))?;
+        let addresses: Vec<_> = found.iter().map(ToString::to_string).collect();
         if addresses.is_empty() { Err(unresolved("no address".to_owned())) } else { Ok(addresses) }
     }
 
@@ -486,6 +523,9 @@ impl Settings {
             .keep_alive_timeout(PING_TIMEOUT)
             .keep_alive_while_idle(true);
         if let Some(tls) = &self.tls {
+            if let Some(refused) = tls.refused {
+                return Err(Error::invalid("tls", refused));
+            }
             let config = match &self.target {
                 Target::Host(authority) => tls.of(authority.host()),
                 Target::Unix(_) => tls.config.clone(),
@@ -571,11 +611,55 @@ mod tests {
         assert_eq!(failures, [1, 0]);
     }
 
+    /// The types of the frames that a client sends, over a connection that stays idle.
+    async fn frames(listener: tokio::net::TcpListener, until: impl Fn(&[u8]) -> bool) -> Vec<u8> {
+        const PING: u8 = 6;
+        let (socket, _) = listener.accept().await.unwrap();
+        let (mut read, mut types) = (Vec::new(), Vec::new());
+        let send = async |frame: &[u8]| {
+            socket.writable().await.unwrap();
+            assert_eq!(socket.try_write(frame).unwrap(), frame.len());
+        };
+        send(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await; // SETTINGS
+        let mut at = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".len();
+        while !until(&types) {
+            socket.readable().await.unwrap();
+            match socket.try_read_buf(&mut read) {
+                Ok(0) => break,
+                Ok(_) => {}
+                Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+            }
+            while let Some(&[a, b, c, kind]) = read.get(at..at + 4) {
+                let end = at + 9 + u32::from_be_bytes([0, a, b, c]) as usize;
+                let Some(frame) = read.get(at..end) else { break };
+                types.push(kind);
+                if kind == PING {
+                    send(&[&[0, 0, 8, PING, 1, 0, 0, 0, 0], &frame[9..]].concat()).await;
+                }
+                at = end;
+            }
+        }
+        types
+    }
+
+    #[tokio::test]
+    async fn an_idle_connection_is_kept_alive_by_pings() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let target = listener.local_addr().unwrap().to_string();
+        let gateway = Gateway::at(&target, None, Arc::new(|endpoint| endpoint)).unwrap();
+        let pings = |types: &[u8]| types.split(|kind| *kind == 6).count() - 1;
+        let server = tokio::spawn(frames(listener, move |types| pings(types) == 3));
+        gateway.connect().await.unwrap();
+        let sent = tokio::time::timeout(Duration::from_secs(20), server).await;
+        assert_eq!(pings(&sent.expect("pings").unwrap()), 3);
+    }
+
     fn replicas(addresses: &[&str]) -> Replicas {
         let settings = Settings {
             target: Target::parse("gateway:1").unwrap(),
             tls: None,
             configure: Arc::new(|endpoint| endpoint),
+            names: Names::system(),
         };
         let mut replicas = Replicas::default();
         let addresses = addresses.iter().map(ToString::to_string).collect();

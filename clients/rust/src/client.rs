@@ -513,12 +513,15 @@ impl TokenizeCall {
             return Err(Error::invalid("model", "expected the name of a model"));
         }
         let call = client.call(Method::Tokenize, options)?;
-        let asked = texts.len();
+        let (asked, id) = (texts.len(), call.request_id.clone());
         let request = v1::TokenizeRequest { model, texts };
         let response: v1::TokenizeResponse = client.shared.transport.unary(call, request).await?;
         match response.lists.len() {
             got if got == asked => Ok(response.lists),
-            got => Err(Error::incomplete(format!("got the tokens of {got} of {asked} texts"))),
+            got => {
+                let error = Error::incomplete(format!("got the tokens of {got} of {asked} texts"));
+                Err(error.with_request_id(&id))
+            }
         }
     }
 }
@@ -559,6 +562,7 @@ impl ModelsCall {
                 cancelled: None,
             };
             let call = client.call(Method::ListModels, options)?;
+            let id = call.request_id.clone();
             let request = v1::ListModelsRequest { page_size, page_token };
             let page = client.shared.transport.unary(call, request);
             let page: v1::ListModelsResponse = limits.over(page).await?;
@@ -568,7 +572,7 @@ impl ModelsCall {
             }
             if !read.insert(page.next_page_token.clone()) {
                 let message = "the list of models goes on with a page that was read";
-                return Err(Error::incomplete(message));
+                return Err(Error::incomplete(message).with_request_id(&id));
             }
             page_token = page.next_page_token;
         }
@@ -593,9 +597,11 @@ impl ModelCall {
     pub async fn send(self) -> Result<v1::Model, Error> {
         let Self { client, name, options } = self;
         let call = client.call(Method::GetModel, options)?;
+        let id = call.request_id.clone();
         let request = v1::GetModelRequest { name };
         let response: v1::GetModelResponse = client.shared.transport.unary(call, request).await?;
-        response.model.ok_or_else(|| Error::incomplete("got an answer without a model"))
+        let none = || Error::incomplete("got an answer without a model").with_request_id(&id);
+        response.model.ok_or_else(none)
     }
 }
 

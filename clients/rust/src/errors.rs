@@ -10,13 +10,11 @@ use tonic::metadata::MetadataMap;
 use tonic::{Code, Status};
 use tonic_types::pb;
 
+use crate::reasons::Reason;
 use crate::replies::Reply;
 
 pub(crate) const PUSHBACK_KEY: &str = "grpc-retry-pushback-ms";
 pub(crate) const REQUEST_ID_KEY: &str = "x-request-id";
-
-/// The only reason that the client makes itself: the server said OK, yet did not finish.
-pub const STREAM_INCOMPLETE: &str = "STREAM_INCOMPLETE";
 
 /// A call that failed.
 ///
@@ -29,7 +27,7 @@ pub struct Error(Box<Inner>);
 struct Inner {
     code: Code,
     message: String,
-    reason: String,
+    reason: Reason,
     retry_after: Option<Duration>,
     request_id: String,
     field_violations: Vec<FieldViolation>,
@@ -61,13 +59,10 @@ impl Error {
         self.0.code
     }
 
-    /// A name from `ErrorReason` of the contract without its prefix, for example
-    /// `"RATE_LIMITED"`.
+    /// Why, for programs: `match` it, print it, or compare it with text.
     ///
-    /// `""` when the status did not come from a gateway: nothing listens, a proxy answered, a
-    /// deadline passed here, the request made no sense. [`STREAM_INCOMPLETE`] when the server
-    /// said OK before the answer was whole.
-    pub fn reason(&self) -> &str {
+    /// [`Reason::Unspecified`], printed as `""`, when the status did not come from a gateway.
+    pub fn reason(&self) -> &Reason {
         &self.0.reason
     }
 
@@ -148,7 +143,7 @@ impl Error {
 
     pub(crate) fn incomplete(message: impl Into<String>) -> Self {
         let mut error = Self::new(Code::Internal, message);
-        STREAM_INCOMPLETE.clone_into(&mut error.0.reason);
+        error.0.reason = Reason::StreamIncomplete;
         error
     }
 
@@ -201,7 +196,7 @@ impl Error {
                 code => code,
             },
             message: message.to_owned(),
-            reason: info.reason,
+            reason: info.reason.into(),
             retry_after,
             request_id: metadata.get("requestId").cloned().unwrap_or(request_id),
             field_violations,
@@ -235,7 +230,7 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Inner { code, message, reason, retry_after, request_id, .. } = &*self.0;
-        if reason.is_empty() {
+        if *reason == Reason::Unspecified {
             write!(f, "{code:?}: {message}")?;
         } else {
             write!(f, "{reason}: {message}")?;

@@ -10,6 +10,7 @@ mod channel;
 mod client;
 mod errors;
 mod mended;
+mod reasons;
 mod replies;
 mod requests;
 mod streams;
@@ -28,7 +29,8 @@ pub mod v1 {
 pub use call_builders::*;
 pub use channel::Tls;
 pub use client::{Builder, Client, StreamMode};
-pub use errors::{Error, FieldViolation, JsonError, STREAM_INCOMPLETE};
+pub use errors::{Error, FieldViolation, JsonError};
+pub use reasons::Reason;
 pub use replies::{Accumulator, Choice, Event, EventKind, Reply, ToolCall};
 pub use requests::{Message, Part, Request, Tool, ToolChoice, UnsupportedParameters};
 pub use streams::{Batch, BatchResult, Stream, TextDeltas};

@@ -37,7 +37,7 @@ impl Stream {
     ///
     /// # Errors
     /// What ended the stream, with what had arrived as [`Error::partial`]. A stream that ends
-    /// with OK but is not whole fails with [`STREAM_INCOMPLETE`](crate::STREAM_INCOMPLETE).
+    /// with OK but is not whole fails with [`StreamIncomplete`](crate::Reason::StreamIncomplete).
     pub async fn next(&mut self) -> Option<Result<Event, Error>> {
         std::future::poll_fn(|cx| self.poll(cx)).await
     }

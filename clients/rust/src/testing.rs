@@ -34,13 +34,15 @@ use tokio::sync::{oneshot, watch};
 use tonic::body::Body;
 use tonic::codegen::{BoxFuture, Service, http};
 use tonic::metadata::MetadataMap;
-use tonic::transport::{Server, server::TcpIncoming};
+use tonic::transport::Server;
+use tonic::transport::server::{ServerTlsConfig, TcpIncoming};
 use tonic::{Code, Request, Response, Status};
 use tonic_types::pb;
 
 use crate::call::MAX_MESSAGE_BYTES;
 use crate::client::{Builder, Client};
 use crate::errors::{PUSHBACK_KEY, REQUEST_ID_KEY, text};
+use crate::reasons::Reason;
 use crate::replies::Accumulator;
 use crate::requests::content_text;
 use crate::v1::batch_chat_response::Result as Ended;
@@ -115,7 +117,7 @@ pub fn tool_call(name: impl Into<String>, arguments: impl Serialize) -> Part {
 /// How a scripted call fails: as the gateway fails, unless told otherwise.
 #[derive(Clone, Debug)]
 pub struct Failure {
-    reason: String,
+    reason: Reason,
     message: String,
     code: Option<Code>,
     after: Vec<Part>,
@@ -127,9 +129,9 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// `reason` is from `ErrorReason`, without its prefix; `""` for a status without details, as
-    /// a proxy sends: UNAVAILABLE unless a code is given.
-    pub fn new(reason: impl Into<String>) -> Self {
+    /// `reason` is a [`Reason`] or its name; `""` for a status without details, as a proxy sends:
+    /// UNAVAILABLE unless a code is given.
+    pub fn new(reason: impl Into<Reason>) -> Self {
         Self {
             reason: reason.into(),
             message: "scripted by the test".to_owned(),
@@ -204,11 +206,11 @@ impl Failure {
 
     fn proto(&self) -> pb::Status {
         let mut details = Vec::new();
-        if !self.reason.is_empty() {
+        if self.reason != Reason::Unspecified {
             details.push(packed(
                 "ErrorInfo",
                 &pb::ErrorInfo {
-                    reason: self.reason.clone(),
+                    reason: self.reason.to_string(),
                     domain: "tokenwire".to_owned(),
                     metadata: self.metadata.clone().into_iter().collect(),
                 },
@@ -232,7 +234,10 @@ impl Failure {
         if let Some(id) = request_id.and_then(|id| id.parse().ok()) {
             metadata.insert(REQUEST_ID_KEY, id);
         }
-        let elsewhere = ["", "GATEWAY_OVERLOADED", "GATEWAY_DRAINING"].contains(&&*self.reason);
+        let elsewhere = matches!(
+            self.reason,
+            Reason::Unspecified | Reason::GatewayOverloaded | Reason::GatewayDraining
+        );
         let after = self.retry_after.map_or(-1, |delay| delay.as_millis().try_into().unwrap_or(-1));
         let pushback = self.pushback_ms.unwrap_or((!elsewhere).then_some(after));
         if let Some(pushback) = pushback {
@@ -250,43 +255,51 @@ impl From<&str> for Failure {
     }
 }
 
+impl From<Reason> for Failure {
+    fn from(reason: Reason) -> Self {
+        Self::new(reason)
+    }
+}
+
 fn packed(name: &str, detail: &impl Message) -> prost_types::Any {
     let type_url = format!("type.googleapis.com/google.rpc.{name}");
     prost_types::Any { type_url, value: detail.encode_to_vec() }
 }
 
 /// The status code that goes with a reason, as `error_reason.proto` says.
-fn code_of(reason: &str) -> Code {
+fn code_of(reason: &Reason) -> Code {
     match reason {
-        "INVALID_REQUEST"
-        | "CONTEXT_LENGTH_EXCEEDED"
-        | "UNSUPPORTED_PARAMETER"
-        | "UNKNOWN_ROLE"
-        | "CONTENT_FILTERED" => Code::InvalidArgument,
-        "REQUEST_TOO_LARGE"
-        | "CALLER_QUOTA_EXCEEDED"
-        | "RATE_LIMITED"
-        | "UPSTREAM_QUOTA_EXHAUSTED" => Code::ResourceExhausted,
-        "MODEL_NOT_FOUND" => Code::NotFound,
-        "CALLER_UNAUTHENTICATED" => Code::Unauthenticated,
-        "CALLER_FORBIDDEN" => Code::PermissionDenied,
-        "UPSTREAM_CREDENTIALS_REJECTED" | "UPSTREAM_ACCESS_DENIED" | "TOKENIZER_UNAVAILABLE" => {
-            Code::FailedPrecondition
+        Reason::InvalidRequest
+        | Reason::ContextLengthExceeded
+        | Reason::UnsupportedParameter
+        | Reason::UnknownRole
+        | Reason::ContentFiltered => Code::InvalidArgument,
+        Reason::RequestTooLarge
+        | Reason::CallerQuotaExceeded
+        | Reason::RateLimited
+        | Reason::UpstreamQuotaExhausted => Code::ResourceExhausted,
+        Reason::ModelNotFound => Code::NotFound,
+        Reason::CallerUnauthenticated => Code::Unauthenticated,
+        Reason::CallerForbidden => Code::PermissionDenied,
+        Reason::UpstreamCredentialsRejected
+        | Reason::UpstreamAccessDenied
+        | Reason::TokenizerUnavailable => Code::FailedPrecondition,
+        Reason::DeadlineExceeded => Code::DeadlineExceeded,
+        Reason::Cancelled => Code::Cancelled,
+        Reason::CallerStalled => Code::Aborted,
+        Reason::Internal => Code::Internal,
+        Reason::Unspecified
+        | Reason::UpstreamUnreachable
+        | Reason::UpstreamTimeout
+        | Reason::UpstreamOverloaded
+        | Reason::UpstreamError
+        | Reason::UpstreamProtocolError
+        | Reason::UpstreamStreamInterrupted
+        | Reason::GatewayOverloaded
+        | Reason::GatewayDraining => Code::Unavailable,
+        Reason::StreamIncomplete | Reason::Other(_) => {
+            panic!("{reason} is no reason of the contract: give its code, too")
         }
-        "DEADLINE_EXCEEDED" => Code::DeadlineExceeded,
-        "CANCELLED" => Code::Cancelled,
-        "CALLER_STALLED" => Code::Aborted,
-        "INTERNAL" => Code::Internal,
-        ""
-        | "UPSTREAM_UNREACHABLE"
-        | "UPSTREAM_TIMEOUT"
-        | "UPSTREAM_OVERLOADED"
-        | "UPSTREAM_ERROR"
-        | "UPSTREAM_PROTOCOL_ERROR"
-        | "UPSTREAM_STREAM_INTERRUPTED"
-        | "GATEWAY_OVERLOADED"
-        | "GATEWAY_DRAINING" => Code::Unavailable,
-        other => panic!("{other:?} is no reason of the contract: give its code, too"),
     }
 }
 
@@ -400,6 +413,7 @@ struct State {
 pub struct FakeGatewayBuilder {
     token: Option<String>,
     models: Vec<String>,
+    tls: Option<ServerTlsConfig>,
 }
 
 impl FakeGatewayBuilder {
@@ -415,14 +429,28 @@ impl FakeGatewayBuilder {
         self
     }
 
+    /// Its certificate and, for mutual TLS, whom it lets in; plaintext unless given. Its clients
+    /// are then yours to make, with [`client_builder`](FakeGateway::client_builder).
+    pub fn tls(mut self, config: ServerTlsConfig) -> Self {
+        self.tls = Some(config);
+        self
+    }
+
     /// A gateway that listens.
     ///
     /// # Panics
-    /// When there is no free loopback port.
+    /// When there is no free loopback port, and when the certificate is none.
     pub fn start(self) -> FakeGateway {
-        let Self { token, models } = self;
+        self.start_on(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a loopback port"))
+    }
+
+    pub(crate) fn start_on(self, listener: TcpListener) -> FakeGateway {
+        let Self { token, models, tls } = self;
         let state = Arc::new(State { token, models, ..State::default() });
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a loopback port");
+        let mut server = Server::builder();
+        if let Some(config) = tls {
+            server = server.tls_config(config).expect("a certificate with its key");
+        }
         listener.set_nonblocking(true).expect("a socket of tokio's kind");
         let address = listener.local_addr().expect("an address");
         let (stop, stopped) = oneshot::channel::<()>();
@@ -433,8 +461,7 @@ impl FakeGatewayBuilder {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             runtime.expect("a runtime").block_on(async move {
                 let listener = tokio::net::TcpListener::from_std(listener).expect("a listener");
-                let server =
-                    Server::builder().serve_with_incoming(services, TcpIncoming::from(listener));
+                let server = server.serve_with_incoming(services, TcpIncoming::from(listener));
                 let mut server = std::pin::pin!(server);
                 let mut stopped = std::pin::pin!(stopped);
                 std::future::poll_fn(|cx| {
@@ -460,9 +487,9 @@ impl FakeGateway {
         Self::builder().start()
     }
 
-    /// Begins a gateway with a token or models of its own.
+    /// Begins a gateway with a token, models or TLS of its own.
     pub fn builder() -> FakeGatewayBuilder {
-        FakeGatewayBuilder { token: None, models: vec!["any".to_owned()] }
+        FakeGatewayBuilder { models: vec!["any".to_owned()], ..FakeGatewayBuilder::default() }
     }
 
     /// HOST:PORT to connect to.

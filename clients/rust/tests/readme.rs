@@ -240,15 +240,20 @@ async fn errors() -> Outcome {
     );
     let client = gateway.client();
     // The snippet:
-    use tokenwire::Code;
+    use tokenwire::Reason;
 
     match client.chat("Hi").model("gpt-4o-mini").send().await {
         Ok(reply) => println!("{}", reply.text()),
         Err(error) => {
-            assert_eq!(error.code(), Code::ResourceExhausted);
-            println!("{}", error.reason()); // "RATE_LIMITED", from the ErrorReason of the contract
+            println!("{:?}", error.code()); // ResourceExhausted, a tonic::Code
+            println!("{}", error.reason()); // RATE_LIMITED, from the ErrorReason of the contract
             println!("{:?}", error.retry_after()); // a Duration, or None
             println!("{}", error.request_id()); // find it in the gateway's log
+            match error.reason() {
+                Reason::RateLimited | Reason::CallerQuotaExceeded => println!("later"),
+                Reason::ContextLengthExceeded => println!("a shorter conversation"),
+                _ => println!("tell somebody"),
+            }
         }
     }
     // End.

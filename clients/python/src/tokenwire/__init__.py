@@ -3,9 +3,9 @@
 from tokenwire import aio
 from tokenwire.client import AsyncBatch, AsyncClient, AsyncStream, Batch, Client, Stream
 from tokenwire.core import BatchResult
-from tokenwire.errors import FieldViolation, TokenwireError
+from tokenwire.errors import FieldViolation, Reason, TokenwireError
 from tokenwire.replies import Accumulator, Choice, Reply, StreamEvent, ToolCall
-from tokenwire.requests import CallOptions, ChatOptions, Message, Prompt
+from tokenwire.requests import BatchItem, CallOptions, ChatOptions, Message, Prompt
 from tokenwire.version import __version__
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "AsyncClient",
     "AsyncStream",
     "Batch",
+    "BatchItem",
     "BatchResult",
     "CallOptions",
     "ChatOptions",
@@ -22,6 +23,7 @@ __all__ = [
     "FieldViolation",
     "Message",
     "Prompt",
+    "Reason",
     "Reply",
     "Stream",
     "StreamEvent",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,6 +19,9 @@ MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 
 Token: TypeAlias = str | Callable[[], str]
 """A bearer token, or what returns the current one; asked once per call."""
+
+AsyncToken: TypeAlias = Token | Callable[[], Awaitable[str]]
+"""The same, or a coroutine function."""
 
 Tls: TypeAlias = bool | str | os.PathLike[str] | grpc.ChannelCredentials
 """True: the system's authorities. A path: a PEM file of authorities. Credentials from
@@ -40,7 +44,7 @@ class Endpoint:
     def __init__(
         self,
         target: str | None,
-        token: Token | None,
+        token: AsyncToken | None,
         tls: Tls,
         options: Iterable[tuple[str, Any]],
         environ: Mapping[str, str],
@@ -73,17 +77,24 @@ class Endpoint:
             return transport.insecure_channel(self.target, options=self.options)
         return transport.secure_channel(self.target, self._credentials, options=self.options)
 
-    def authorization(self) -> tuple[tuple[str, str], ...]:
-        """The metadata that proves who calls.
-
-        Plain metadata rather than call credentials: gRPC refuses those on a plaintext
-        channel, which is what a client behind a service mesh has.
-        """
-        token = self._token if isinstance(self._token, str) else _checked(self._token())
-        return (("authorization", f"Bearer {token}"),) if token else ()
+    def token(self) -> str | Awaitable[str]:
+        """The token to present, "" for none; or what it is to be awaited from, unchecked."""
+        if isinstance(self._token, str):
+            return self._token
+        token = self._token()
+        return token if inspect.isawaitable(token) else _checked(token)
 
     def __repr__(self) -> str:
         return f"Endpoint({self.target!r}, tls={self.is_secure})"
+
+
+def authorization(token: Any) -> tuple[tuple[str, str], ...]:
+    """The metadata that proves who calls.
+
+    Plain metadata rather than call credentials: gRPC refuses those on a plaintext channel, which
+    is what a client behind a service mesh has.
+    """
+    return (("authorization", f"Bearer {token}"),) if _checked(token) else ()
 
 
 def _checked(token: Any) -> str:

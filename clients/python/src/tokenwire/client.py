@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+import inspect
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from typing import Any, Generic, Self, TypeVar, Unpack
 
 import grpc
 
-from tokenwire.channel import Tls, Token
+from tokenwire.channel import AsyncToken, Tls, Token
 from tokenwire.core import (
     DEFAULT_TIMEOUT,
     BatchReceiver,
@@ -154,6 +163,10 @@ class Client:
         return f"Client({self._core.endpoint.target!r}, tls={self._core.endpoint.is_secure})"
 
     def _start(self, call: Call) -> Any:
+        if call.token is not None:
+            if inspect.iscoroutine(call.token):
+                call.token.close()
+            raise TypeError("token: expected a function that returns a str; AsyncClient awaits one")
         if self._closed:
             raise RuntimeError("the client is closed")
         return self._methods[call.method](
@@ -178,21 +191,24 @@ class AsyncClient:
     """The same client for asyncio; belongs to the event loop of its first call.
 
     Arguments and methods: see `Client`. `stream` and `batch` return at once; what they
-    return is for `async for` and `async with`. Cancelling the task cancels the call.
+    return is for `async for` and `async with`. Cancelling the task cancels the call. The function
+    that returns the token may be a coroutine function.
     """
 
     def __init__(
         self,
         target: str | None = None,
         *,
-        token: Token | None = None,
+        token: AsyncToken | None = None,
         tls: Tls = False,
         options: Iterable[tuple[str, Any]] = (),
         timeout: float | None = DEFAULT_TIMEOUT,
     ) -> None:
         self._core = Core(target, token=token, tls=tls, options=options, timeout=timeout)
         self._channel: grpc.aio.Channel | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._methods: dict[str, Any] = {}
+        self._beginning: set[asyncio.Task[Any]] = set()  # calls that wait for their token
         self._closed = False
 
     async def chat(
@@ -262,6 +278,8 @@ class AsyncClient:
     async def close(self) -> None:
         """See `Client.close`."""
         self._closed = True
+        for task in self._beginning:
+            task.cancel()
         if self._channel is not None:
             await self._channel.close()
 
@@ -277,14 +295,41 @@ class AsyncClient:
     def _start(self, call: Call) -> Any:
         if self._closed:
             raise RuntimeError("the client is closed")
+        loop = asyncio.get_running_loop()
         if self._channel is None:
             # Not in the constructor: a grpc.aio channel binds itself to an event loop,
             # and clients are often made before there is one.
+            self._loop = loop
             self._channel = self._core.endpoint.open(grpc.aio)
             self._methods = methods(self._channel)
+        if loop is not self._loop:
+            raise RuntimeError("the client belongs to another event loop: make one for each")
+        if call.token is None:
+            return self._sent(call)
+        beginning = loop.create_task(self._begun(call, call.token))
+        self._beginning.add(beginning)
+        beginning.add_done_callback(self._beginning.discard)
+        return _Later(beginning)
+
+    def _sent(self, call: Call) -> Any:
         return self._methods[call.method](
             call.request, timeout=call.timeout, metadata=call.metadata
         )
+
+    async def _begun(self, call: Call, awaited: Awaitable[str]) -> Any:
+        """The call, sent once its token is there."""
+        loop = asyncio.get_running_loop()
+        left, begun = call.timeout, loop.time()
+        try:
+            async with asyncio.timeout(left) as limit:
+                token = await awaited
+        except TimeoutError:
+            if limit.expired():
+                raise _NoToken from None
+            raise
+        if left is not None:
+            left = max(left - (loop.time() - begun), 0.0)
+        return self._sent(call.with_token(token, left))
 
     async def _run(self, procedure: Procedure[T]) -> T:
         response = None
@@ -302,6 +347,41 @@ class AsyncClient:
                 if _task_is_cancelled():
                     raise
                 raise call.failed(*_CLOSED) from None
+
+
+class _NoToken(grpc.RpcError):
+    """The deadline passed before there was a token."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.DEADLINE_EXCEEDED
+
+    def details(self) -> str:
+        return "the deadline passed while a token was awaited"
+
+    def trailing_metadata(self) -> tuple[()]:
+        return ()
+
+
+class _Later:
+    """A call that begins once its token is there."""
+
+    def __init__(self, beginning: asyncio.Task[Any]) -> None:
+        self._beginning = beginning
+
+    async def read(self) -> Any:
+        return await (await self._beginning).read()
+
+    def cancel(self) -> None:
+        if self._beginning.cancel() or self._beginning.cancelled():
+            return
+        if self._beginning.exception() is None:
+            self._beginning.result().cancel()
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._whole().__await__()
+
+    async def _whole(self) -> Any:
+        return await (await self._beginning)
 
 
 # --- streams ------------------------------------------------------------------------
@@ -342,6 +422,15 @@ class _BlockingStream(_Streaming[Item]):
         return _Loop(self, lambda item: item)
 
     def __next__(self) -> Item:
+        try:
+            return self._next()
+        except BaseException:
+            # Of a signal, such as KeyboardInterrupt: its traceback holds the loop, so that nothing
+            # else would end the call while it is handled. A call that has ended does not mind.
+            self._cancel()
+            raise
+
+    def _next(self) -> Item:
         while not self._ended:
             try:
                 message = next(self._call)

@@ -9,15 +9,15 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
-from tokenwire.channel import Endpoint, Tls, Token
-from tokenwire.errors import INCOMPLETE, REQUEST_ID_KEY, TokenwireError, from_call, from_status
+from tokenwire.channel import AsyncToken, Endpoint, Tls, authorization
+from tokenwire.errors import REQUEST_ID_KEY, Reason, TokenwireError, from_call, from_status
 from tokenwire.replies import Accumulator, Answer, Choice, Reply, StreamEvent
 from tokenwire.requests import (
     BatchItem,
@@ -60,6 +60,13 @@ class Call:
     timeout: float | None
     metadata: tuple[tuple[str, str | bytes], ...] = field(repr=False)  # has the token
     request_id: str
+    token: Awaitable[str] | None = field(default=None, repr=False)
+    """What the token is to be awaited from; the metadata lacks it then."""
+
+    def with_token(self, token: str, timeout: float | None) -> Call:
+        """The call with that token, and what is left of its timeout."""
+        metadata = (*self.metadata, *authorization(token))
+        return replace(self, metadata=metadata, timeout=timeout, token=None)
 
     def failed(
         self,
@@ -122,7 +129,7 @@ class StreamReceiver:
         self.error = TokenwireError(
             "the stream ended with OK but without its trailer: the answer is not whole",
             code=grpc.StatusCode.INTERNAL,
-            reason=INCOMPLETE,
+            reason=Reason.STREAM_INCOMPLETE.value,
             request_id=self.call.request_id,
             partial=self.answer.so_far(self.call.request_id),
         )
@@ -285,7 +292,10 @@ class BatchReceiver:
 def _incomplete(message: str, call: Call) -> TokenwireError:
     """An OK that lacks what was asked for is none."""
     return TokenwireError(
-        message, code=grpc.StatusCode.INTERNAL, reason=INCOMPLETE, request_id=call.request_id
+        message,
+        code=grpc.StatusCode.INTERNAL,
+        reason=Reason.STREAM_INCOMPLETE.value,
+        request_id=call.request_id,
     )
 
 
@@ -299,7 +309,7 @@ class Core:
         self,
         target: str | None = None,
         *,
-        token: Token | None = None,
+        token: AsyncToken | None = None,
         tls: Tls = False,
         options: Iterable[tuple[str, Any]] = (),
         timeout: float | None = DEFAULT_TIMEOUT,
@@ -392,13 +402,16 @@ class Core:
         elif not request_id or not request_id.isascii() or not request_id.isprintable():
             raise ValueError(f"request_id: expected printable ASCII, got {request_id!r}")
         metadata: list[tuple[str, str | bytes]] = [(REQUEST_ID_KEY, request_id)]
-        metadata += self.endpoint.authorization()
+        token = self.endpoint.token()
+        if isinstance(token, str):
+            metadata += authorization(token)
         for key, value in options.get("metadata", {}).items():
             if key.lower() in (REQUEST_ID_KEY, "authorization"):
                 raise ValueError(f"metadata: {key!r} has its own argument (request_id, token)")
             metadata.append((key.lower(), value))
         timeout = _seconds(options["timeout"]) if "timeout" in options else default_timeout
-        return Call(method, request, timeout, tuple(metadata), request_id)
+        awaited = None if isinstance(token, str) else token
+        return Call(method, request, timeout, tuple(metadata), request_id, awaited)
 
 
 def _seconds(timeout: float | None) -> float | None:

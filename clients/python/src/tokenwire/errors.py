@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
+from enum import StrEnum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 REQUEST_ID_KEY = "x-request-id"
-
-INCOMPLETE = "STREAM_INCOMPLETE"
-"""The only reason this package makes itself: the server said OK, yet did not finish."""
 
 M = TypeVar("M", bound=Message)
 
@@ -36,13 +34,51 @@ class FieldViolation(NamedTuple):
         return f"{self.field}: {self.description}"
 
 
+class Reason(StrEnum):
+    """The reasons this package knows; what each asks of you is in docs/errors.md of the repository.
+
+    They are texts, so that `error.reason == Reason.RATE_LIMITED` and `match` hold. New ones may
+    come: treat one that you do not know by its code.
+    """
+
+    INVALID_REQUEST = "INVALID_REQUEST"
+    CONTEXT_LENGTH_EXCEEDED = "CONTEXT_LENGTH_EXCEEDED"
+    UNSUPPORTED_PARAMETER = "UNSUPPORTED_PARAMETER"
+    UNKNOWN_ROLE = "UNKNOWN_ROLE"
+    REQUEST_TOO_LARGE = "REQUEST_TOO_LARGE"
+    CONTENT_FILTERED = "CONTENT_FILTERED"
+    MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
+    CALLER_UNAUTHENTICATED = "CALLER_UNAUTHENTICATED"
+    CALLER_FORBIDDEN = "CALLER_FORBIDDEN"
+    CALLER_QUOTA_EXCEEDED = "CALLER_QUOTA_EXCEEDED"
+    RATE_LIMITED = "RATE_LIMITED"
+    UPSTREAM_QUOTA_EXHAUSTED = "UPSTREAM_QUOTA_EXHAUSTED"
+    UPSTREAM_CREDENTIALS_REJECTED = "UPSTREAM_CREDENTIALS_REJECTED"
+    UPSTREAM_ACCESS_DENIED = "UPSTREAM_ACCESS_DENIED"
+    UPSTREAM_UNREACHABLE = "UPSTREAM_UNREACHABLE"
+    UPSTREAM_TIMEOUT = "UPSTREAM_TIMEOUT"
+    UPSTREAM_OVERLOADED = "UPSTREAM_OVERLOADED"
+    UPSTREAM_ERROR = "UPSTREAM_ERROR"
+    UPSTREAM_PROTOCOL_ERROR = "UPSTREAM_PROTOCOL_ERROR"
+    UPSTREAM_STREAM_INTERRUPTED = "UPSTREAM_STREAM_INTERRUPTED"
+    GATEWAY_OVERLOADED = "GATEWAY_OVERLOADED"
+    GATEWAY_DRAINING = "GATEWAY_DRAINING"
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    CANCELLED = "CANCELLED"
+    INTERNAL = "INTERNAL"
+    CALLER_STALLED = "CALLER_STALLED"
+    TOKENIZER_UNAVAILABLE = "TOKENIZER_UNAVAILABLE"
+    STREAM_INCOMPLETE = "STREAM_INCOMPLETE"
+    """The only one this package makes itself: the server said OK, yet did not finish."""
+
+
 class TokenwireError(Exception):
     """A call that failed.
 
     Attributes:
         code: the gRPC status code.
-        reason: a name from `ErrorReason` without its prefix, for example "RATE_LIMITED";
-            "" when the status did not come from a Tokenwire gateway (no connection, a
+        reason: a name from `ErrorReason` without its prefix, for example "RATE_LIMITED", see
+            `Reason`; "" when the status did not come from a Tokenwire gateway (no connection, a
             proxy, a deadline that passed here); "STREAM_INCOMPLETE" when the server
             ended with OK before the answer was whole.
         message: one line for people.

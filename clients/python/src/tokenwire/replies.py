@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+from tokenwire.typed import parsed
 from tokenwire.v1.chat_pb2 import (
     FINISH_REASON_UNSPECIFIED,
     Annotation,
@@ -24,6 +25,8 @@ from tokenwire.v1.chat_service_pb2 import (
     StreamTrailer,
 )
 from tokenwire.v1.chat_service_pb2 import Choice as ChoiceProto
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +64,20 @@ class ToolCall:
         text = self.raw_arguments
         if not text.strip() and not self.is_custom:
             return {}
-        return _object(text, f"arguments of the call of {self.name!r} ({self.id})")
+        return _object(text, self._what())
+
+    def parse(self, into: type[T]) -> T:
+        """The arguments as an `into` of yours, see `Choice.parse`."""
+        text = self.raw_arguments
+        return parsed(text if text.strip() or self.is_custom else "{}", into, self._what())
 
     def answer(self, result: Any) -> ChatMessage:
         """The message that gives the model `result`: text as is, anything else as JSON."""
         text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
         return ChatMessage(role="tool", tool_call_id=self.id, content=text)
+
+    def _what(self) -> str:
+        return f"arguments of the call of {self.name!r} ({self.id})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +133,19 @@ class Choice:
 
         Raises ValueError when the text is not JSON, as after `finish_reason` "length".
         """
-        return _parsed(self.text, f"answer (finish_reason {self.finish_reason!r})")
+        return _parsed(self.text, self._what())
+
+    def parse(self, into: type[T]) -> T:
+        """The text, JSON, as an `into` of yours: a dataclass, a TypedDict, a pydantic model or
+        `list[...]` of one; for `json_schema=` the same type.
+
+        Needs pydantic: `pip install 'tokenwire[pydantic]'`. Raises ValueError when the text does
+        not fit, as after `finish_reason` "length".
+        """
+        return parsed(self.text, into, self._what())
+
+    def _what(self) -> str:
+        return f"answer (finish_reason {self.finish_reason!r})"
 
 
 class Answer(ABC):
@@ -173,6 +196,10 @@ class Answer(ABC):
     def json(self) -> Any:
         """The first choice's text, parsed as JSON, see `Choice.json`."""
         return self.first.json()
+
+    def parse(self, into: type[T]) -> T:
+        """The first choice's text as an `into` of yours, see `Choice.parse`."""
+        return self.first.parse(into)
 
 
 class Reply(Answer):

@@ -13,9 +13,10 @@ import json
 import numbers
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, TypedDict, Unpack
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack, get_origin
 
 from tokenwire.replies import Answer, Choice, ToolCall
+from tokenwire.typed import schema_of
 from tokenwire.v1.chat_pb2 import (
     Annotation,
     ChatMessage,
@@ -89,13 +90,15 @@ class ChatOptions(CallOptions, total=False):
     verbosity: str | None
     parallel_tool_calls: bool | None
     tools: Sequence[Tool | FunctionTool | Mapping[str, Any]] | None
-    """{"name", "description", "parameters"}, or the OpenAI layout around it."""
+    """{"name", "description", "parameters"}, or the OpenAI layout around it. "parameters" is a JSON
+    Schema, or a type that has one; `call.parse(type)` then has the arguments."""
     tool_choice: str | Mapping[str, Any] | ToolChoice | None
     """ "auto", "none", "required", {"name": ...} to force one, or the OpenAI layout."""
     response_format: str | Mapping[str, Any] | ResponseFormat | None
     """ "text", "json_object", or the OpenAI layout."""
-    json_schema: Json | None
-    """JSON Schema the answer must match; `reply.json()` parses it."""
+    json_schema: Json | type[Any] | None
+    """JSON Schema the answer must match; `reply.json()` parses it. Or a type that has one, which
+    needs pydantic; `reply.parse(type)` makes one of the answer."""
     role_templates: Sequence[RoleTemplate | Mapping[str, str]] | None
     end_user_id: str | None
     prompt_cache_key: str | None
@@ -303,6 +306,8 @@ def _set_response_format(request: ChatRequest, name: str, value: Any) -> None:
 
 
 def _set_json_schema(request: ChatRequest, name: str, value: Any) -> None:
+    if _is_type(value):
+        value = {"title": getattr(value, "__name__", ""), **schema_of(value)}
     wrapped = isinstance(value, Mapping) and "schema" in value
     title = value.get("title", "") if isinstance(value, Mapping) else ""
     # Upstreams want a name of this alphabet, and few people have one at hand.
@@ -558,7 +563,10 @@ def _tool(value: Any, where: str) -> Tool:
         description=_text(function.get("description") or "", f"{where}.description"),
     )
     if function.get("parameters") is not None:
-        declared.parameters_schema_json = _json(function["parameters"], f"{where}.parameters")
+        schema = function["parameters"]
+        if _is_type(schema):
+            schema = schema_of(schema)
+        declared.parameters_schema_json = _json(schema, f"{where}.parameters")
     if function.get("strict") is not None:
         declared.strict = bool(function["strict"])
     return Tool(function=declared)
@@ -625,6 +633,10 @@ def _schema(value: Any, where: str) -> JsonSchemaFormat:
 
 
 # --- values -------------------------------------------------------------------------
+
+
+def _is_type(value: Any) -> bool:
+    return isinstance(value, type) or get_origin(value) is not None
 
 
 def _text(value: Any, where: str) -> str:

@@ -156,9 +156,17 @@ class FakeGateway:
     Args:
         token: what callers must present; "" for no check.
         models: what ListModels lists and GetModel finds.
+        credentials: of `grpc.ssl_server_credentials`, for TLS; plaintext unless given. `client`
+            then needs `tls=`, and `target` names an address: give the certificate 127.0.0.1.
     """
 
-    def __init__(self, *, token: str = "", models: Iterable[str] = ("gpt-4o-mini",)) -> None:
+    def __init__(
+        self,
+        *,
+        token: str = "",
+        models: Iterable[str] = ("gpt-4o-mini",),
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
         self.calls: list[ReceivedCall] = []
         """Every RPC received, oldest first."""
         self._script: deque[_Script] = deque()
@@ -179,7 +187,11 @@ class FakeGateway:
         add_ChatServiceServicer_to_server(service, self._server)
         add_TokenizerServiceServicer_to_server(service, self._server)
         add_ModelServiceServicer_to_server(service, self._server)
-        port = self._server.add_insecure_port("127.0.0.1:0")
+        address = "127.0.0.1:0"
+        if credentials is None:
+            port = self._server.add_insecure_port(address)
+        else:
+            port = self._server.add_secure_port(address, credentials)
         self.target = f"127.0.0.1:{port}"
         """HOST:PORT to connect to."""
         self._server.start()
