@@ -194,6 +194,15 @@ in-clients = for client in $(CLIENTS); do \
 conformance: $(BIN)/.complete $(CONTRACT)/.complete ## Run every client against one gateway; writes docs/conformance.md
 	@GRPC_VERBOSITY=NONE PYTHONPATH=tests $(BIN)/python -m conformance.driver $(if $(ARGS),$(ARGS),--write docs/conformance.md)
 
+# Each waits in a process of its own: two minutes for all of them.
+.PHONY: test-idle
+test-idle: ## Test that a silent stream lives for 120 s with the default options of each client
+	@mkdir -p build; waiting=; for client in $(CLIENTS); do \
+		if $(MAKE) --silent -C clients/$$client available; then \
+			$(MAKE) --silent -C clients/$$client test-idle >build/idle-$$client.log 2>&1 & waiting="$$waiting $$client:$$!"; \
+		else echo "SKIPPED clients/$$client: its toolchain is not installed"; test -z "$${CI:-}" || exit 1; fi; done; \
+	for each in $$waiting; do wait $${each#*:} || { cat build/idle-$${each%:*}.log; exit 1; }; done
+
 .PHONY: package
 package: $(BIN)/.complete $(CONTRACT)/.complete ## Build what is published: wheels, Go module, jars, crate, npm tarball, into build/
 	@rm -rf build/wheels

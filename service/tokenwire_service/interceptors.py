@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import re
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NoReturn
 
@@ -386,4 +386,4 @@ def _request_id(metadata: Any) -> str:
     for name, value in metadata or ():
         if name == "x-request-id" and re.fullmatch(r"[!-~]{1,128}", str(value)):
             return str(value)
-    return uuid.uuid4().hex
+    return os.urandom(16).hex()

@@ -19,6 +19,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from heapq import heapify, heappop
 
 from tokenwire_service.concurrency import GROWTH, AdaptiveLimit
 from tokenwire_service.config import Key, Upstream
@@ -104,8 +105,9 @@ class Spent:
 
 @dataclass
 class Block:
-    """Why a scope is closed, and until when. Not blocked while `until` is 0."""
+    """Why the scope at `place` is closed, and until when. Not blocked while `until` is 0."""
 
+    place: Hashable
     until: float = 0.0
     strikes: int = 0
     fault: Fault | None = None
@@ -286,29 +288,29 @@ class KeyRing:
         not flooded. `tokens` is what the request may cost, an estimate. Where some key was found
         to lack the model, those known to serve it go before the rest.
         """
-        best: _KeyState | None = None
-        best_rank: tuple[float, ...] = (math.inf,)
         uneven = model in self._uneven
         all_closed: list[Unavailable] = []
-        for state in self._keys:
-            if state.key.quota_group in avoid:
+        ranked: list[tuple[bool, float, float, int]] = []
+        for place, state in enumerate(self._keys):
+            if avoid and state.key.quota_group in avoid:
                 all_closed.append(Unavailable(math.inf, Fault.OVER_TIER))
-                continue
-            closed = self._closed(state, model, now, tokens)
-            if closed is not None:
-                all_closed.append(closed)
                 continue
             unknown = uneven and model not in state.serves
             if sticky:
-                rank = (unknown, -_affinity(sticky, state.key), 0.0)
-            else:
-                load = state.in_flight / state.key.weight
-                rank = (unknown, load, max(state.served, self._virtual_time))
-            if rank < best_rank:
-                best, best_rank = state, rank
-        if best is None:
-            return _soonest(all_closed)
-        return self._grant(best, model, now, tokens)
+                ranked.append((unknown, -_affinity(sticky, state.key), 0.0, place))
+                continue
+            served = state.served if state.served > self._virtual_time else self._virtual_time
+            ranked.append((unknown, state.in_flight / state.key.weight, served, place))
+        # To rank a key takes less time than to see whether it is open, and the first mostly is:
+        # a heap gives the next one only where it is asked for.
+        heapify(ranked)
+        while ranked:
+            state = self._keys[heappop(ranked)[-1]]
+            closed = self._closed(state, model, now, tokens)
+            if closed is None:
+                return self._grant(state, model, now, tokens)
+            all_closed.append(closed)
+        return _soonest(all_closed)
 
     def succeed(self, lease: Lease) -> None:
         """The key serves: what it probed is open again. Call before release; again does no harm."""
@@ -319,10 +321,11 @@ class KeyRing:
         for block, until in lease.probes:
             if block.until == until:
                 block.until, block.strikes, block.fault = 0.0, 0, None
-        for scope in (("upstream", lease.model), ("upstream",)):
+        for scope in (("upstream", lease.model), ("upstream",)) if self._blocks else ():
             whole = self._blocks.get(scope)
             if whole is not None and not whole.until:
                 whole.strikes = 0
+                self._forget(whole)
         lease.group.limit.borne(min(lease.together, lease.group.in_flight))
 
     def served_elsewhere(self, lease: Lease) -> bool:
@@ -396,6 +399,7 @@ class KeyRing:
         for block, _ in lease.probes:
             if block.probe is lease:
                 block.probe = None
+                self._forget(block)
 
     def hear(self, closed: Closed) -> bool:
         """Takes in what another ring of the same keys tells; whether it changes anything. It never
@@ -472,7 +476,7 @@ class KeyRing:
     def _closed(self, state: _KeyState, model: str, now: float, tokens: int) -> Unavailable | None:
         """Why this key cannot serve now, None if it can."""
         at, fault, busy = now, None, False
-        for scope in self._scopes(state.key, model):
+        for scope in self._scopes(state.key, model) if self._blocks else ():
             block = self._blocks.get(scope)
             if block is None:
                 continue
@@ -529,7 +533,7 @@ class KeyRing:
         spent = None if state.tokens is None else state.tokens.spend(now, tokens)
         organization = key.organization or self._organization(state)
         lease = Lease(key, organization, model, now, group.in_flight, spent, asked, state, group)
-        for scope in self._scopes(key, model):
+        for scope in self._scopes(key, model) if self._blocks else ():
             block = self._blocks.get(scope)
             if block is not None and block.until:
                 block.probe = lease
@@ -596,7 +600,13 @@ class KeyRing:
         return chosen
 
     def _block(self, scope: Hashable) -> Block:
-        return self._blocks.setdefault(scope, Block())
+        return self._blocks.setdefault(scope, Block(scope))
+
+    def _forget(self, block: Block) -> None:
+        """Lets go of one that is open and has nothing held against it: where there are no blocks
+        at all, as nearly always, no scope is looked up."""
+        if not block.until and not block.strikes and block.probe is None:
+            self._blocks.pop(block.place, None)
 
     def _close_told(
         self, place: Hashable, key: Key, fault: UpstreamFault, now: float, delay: float

@@ -23,6 +23,7 @@ from tokenwire_service.counters import Counters
 from tokenwire_service.gateway import Gateway
 from tokenwire_service.keyfiles import FileUnusable, FileUsable, KeyFiles
 from tokenwire_service.keyring import KeyRing
+from tokenwire_service.looplag import LoopLag
 from tokenwire_service.pool import Pool
 from tokenwire_service.relay import HEARTBEAT_SECONDS, Relayed
 from tokenwire_service.retry import Backoff
@@ -62,6 +63,7 @@ class Live:
         *,
         heartbeat: float = HEARTBEAT_SECONDS,
         relayed: Relayed | None = None,
+        lag: LoopLag | None = None,
         shared: Shared | None = None,
     ) -> None:
         self.config = config
@@ -71,6 +73,7 @@ class Live:
         self._logger = logger
         self._heartbeat = heartbeat
         self._relayed = relayed
+        self._lag = lag
         self._shared = shared
         self._dialect = chooser()
         self._pools: dict[str, Pool] = {}
@@ -158,6 +161,7 @@ class Live:
             backoff=Backoff(config.retries.backoff, config.retries.backoff_cap),
             heartbeat=self._heartbeat,
             relayed=self._relayed,
+            lag=self._lag,
             before=before,
         )
 

@@ -283,6 +283,12 @@ class Standing:
             ("slots", "Chats that may run at once.", gateway.slots),
             ("queued_calls", "Chats that wait for a slot of the gateway.", gateway.waiting),
             ("retry_budget", "Retries that may be made now.", gateway.retry_budget),
+            ("loop_lag_seconds", "How late the event loop runs, on average.", gateway.lag.seconds),
+            (
+                "flush_hold_seconds",
+                "For how long streams rest after a message; 0 while the event loop keeps up.",
+                gateway.lag.hold,
+            ),
             ("draining", "1 while new calls are refused, for good.", gateway.draining),
             (
                 "key_files_unusable",

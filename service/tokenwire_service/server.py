@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from tokenwire_service.health import HEALTH_SERVICE, Health
 from tokenwire_service.interceptors import Boundary
 from tokenwire_service.labels import Labels
 from tokenwire_service.live import Live
+from tokenwire_service.looplag import LoopLag
 from tokenwire_service.pool import Pool
 from tokenwire_service.recent import Recent
 from tokenwire_service.relay import HEARTBEAT_SECONDS, Relayed
@@ -66,6 +68,11 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.max_ping_strikes", 0),  # clients ping silent streams; that is no abuse
     ("grpc.keepalive_time_ms", 60_000),  # notices callers that vanished without a word
     ("grpc.keepalive_timeout_ms", 20_000),
+    # Calls that come while the loop is late are refused by us, with a reason: gRPC's own bounds
+    # (1,000 calls, 30 s) would reset them.
+    ("grpc.server.max_pending_requests", 100_000),
+    ("grpc.server.max_pending_requests_hard_limit", 100_000),
+    ("grpc.server_max_unrequested_time_in_server", 3600),
 )
 
 
@@ -139,6 +146,9 @@ async def serving(
     cannot be opened."""
     async with AsyncExitStack() as stack:
         counters = Counters()
+        lag = LoopLag(time.monotonic)
+        lag.start()
+        stack.callback(lag.close)
         recent = Recent(lambda: gateway.in_flight)
         scrub = scrub or log_scrubber()
         labels = Labels(config, scrub)
@@ -158,6 +168,7 @@ async def serving(
             logger,
             heartbeat=heartbeat,
             relayed=_relayed(recent, metrics),
+            lag=lag,
             shared=shared,
         )
         stack.push_async_callback(live.close)
