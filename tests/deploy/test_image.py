@@ -109,6 +109,13 @@ def test_it_says_what_it_is(engine: Engine, image: str) -> None:
     assert len(known["RootFS"]["Layers"]) == 1
 
 
+def test_the_page_states_its_size(engine: Engine, image: str) -> None:
+    (stated,) = re.findall(
+        r"(\d+) MB \(\d+ MB to pull\)", (ROOT / "docs/kubernetes.md").read_text()
+    )
+    assert engine.image(image)["Size"] / 1e6 == pytest.approx(int(stated), rel=0.1)
+
+
 def test_nothing_in_it_can_be_started_but_python(engine: Engine, image: str) -> None:
     with engine.files(image) as root:
         files = [path for path in root.rglob("*") if path.is_file() and not path.is_symlink()]
