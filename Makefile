@@ -161,7 +161,7 @@ build/image/.complete: service/requirements.txt tests/deploy/base_image.py deplo
 		$(BIN)/pip download --quiet --disable-pip-version-check --require-hashes --no-deps -r $< -d $(@D)/wheels && \
 		$(BIN)/python tests/deploy/base_image.py $(@D)/wheels $(@D)/base.tar && \
 		podman $(IMAGE_STORE) import --quiet $(@D)/base.tar localhost/tokenwire-base >/dev/null 2>&1 && \
-		rm $(@D)/base.tar && touch $@) $(call missing,images cannot be built here)
+		podman $(IMAGE_STORE) image prune --force >/dev/null 2>&1 && rm $(@D)/base.tar && touch $@) $(call missing,images cannot be built here)
 
 .PHONY: install-engine
 install-engine:

@@ -102,6 +102,7 @@ class _Running:
     def __init__(self) -> None:
         self.draining = False
         self.closed = False
+        self.refused_late = 0  # calls, since the start
         self.timers: set[asyncio.Timeout] = set()
 
 
@@ -192,6 +193,11 @@ class Gateway:
     def dropped(self) -> int:
         """Calls refused for want of a slot here and of a place to wait for one."""
         return self._admission.dropped
+
+    @property
+    def refused_late(self) -> int:
+        """Calls refused because the event loop ran late."""
+        return self._running.refused_late
 
     @property
     def retry_budget(self) -> float:
@@ -374,6 +380,7 @@ class Gateway:
         """Raises GATEWAY_OVERLOADED while the event loop runs so late that one call more would
         slow down all that run."""
         if self.lag.seconds > self.config.limits.loop_lag:
+            self._running.refused_late += 1
             raise GatewayError(
                 error_reason_pb2.ERROR_REASON_GATEWAY_OVERLOADED,
                 f"this instance runs {self.lag.seconds * 1000:.0f} ms late",

@@ -313,10 +313,11 @@ class Standing:
     def _upstreams(self, rings: Mapping[str, RingView]) -> Iterator[Metric]:
         drops = CounterMetricFamily(
             "tokenwire_drops",
-            "Calls refused for want of a slot and of a place in the queue.",
-            labels=("queue", "upstream"),
+            "Calls refused because there is too much to do already.",
+            labels=("cause", "upstream"),
         )
         drops.add_metric(("gateway", ""), self._gateway.dropped)
+        drops.add_metric(("loop_lag", ""), self._gateway.refused_late)
         for name, pool in self._pools.items():
             drops.add_metric(("upstream", name), pool.bulkhead.dropped)
         yield drops

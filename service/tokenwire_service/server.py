@@ -160,7 +160,7 @@ async def serving(
             stack.push_async_callback(otlp.close)  # last of all: what ends now is told, too
             wanted.append(otlp.observer)
         observer = Observers(*(each for each in wanted if each is not None))
-        quotas = await stack.enter_async_context(sharing.started(config.redis, logger))
+        shared = await stack.enter_async_context(sharing.started(config.redis, logger))
         live = Live(
             config,
             observer,
@@ -170,7 +170,7 @@ async def serving(
             heartbeat=heartbeat,
             relayed=_relayed(recent, metrics),
             lag=lag,
-            quotas=quotas,
+            shared=shared,
         )
         stack.push_async_callback(live.close)
         gateway = live.gateway

@@ -17,6 +17,7 @@ import trustme
 import yaml
 
 from deploy.tools import CHART, ROOT, answered, kube_score, program, rendered, run, tool
+from tokenwire_service import __version__
 from tokenwire_service.config import Config, check
 from tokenwire_service.settings import RELOADED
 
@@ -190,6 +191,11 @@ def test_what_names_another_object_finds_it(every: list[dict[str, str]]) -> None
         assert len({probe["service"] for probe in probes}) == 3
 
 
+def test_the_chart_is_of_the_gateways_version() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["appVersion"] == chart["version"] == __version__
+
+
 def test_one_service_has_an_address_and_one_is_for_clients_that_balance() -> None:
     (manifests,) = rendered({})
     services = {
@@ -273,7 +279,8 @@ def test_pods_are_replaced_where_the_configuration_needs_a_restart_and_only_ther
     ]
     answers = [checksum(manifests) for manifests in rendered(*values)]
     pairs = zip(paths, answers[::2], answers[1::2], strict=True)
-    assert {path for path, one, other in pairs if one == other} == RELOADED
+    kept = {path for path, one, other in pairs if one == other}
+    assert kept == RELOADED, "`tokenwire.restarting` in the chart's _helpers.tpl names others"
 
 
 def test_ports_and_protocol_follow_the_configuration() -> None:

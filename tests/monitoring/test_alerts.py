@@ -68,8 +68,12 @@ CASES: dict[str, tuple[Series, Series]] = {
         rpcs(failing="0+0x60", reason="UPSTREAM_STREAM_INTERRUPTED"),
     ),
     "TokenwireDropping": (
-        {'tokenwire_drops_total{queue="gateway",upstream=""}': "0+1x60"},
-        {'tokenwire_drops_total{queue="gateway",upstream=""}': "5x60"},
+        {'tokenwire_drops_total{cause="gateway",upstream=""}': "0+1x60"},
+        {'tokenwire_drops_total{cause="gateway",upstream=""}': "5x60"},
+    ),
+    "TokenwireLoopLate": (
+        {"tokenwire_loop_lag_seconds": "0.2x60"},
+        {"tokenwire_loop_lag_seconds": "0.01x60"},
     ),
     "TokenwireNearlyFull": (
         {"tokenwire_in_flight_calls": "95x60", "tokenwire_slots": "100x60"},

@@ -611,8 +611,8 @@ MUTANTS = (
     ),
     Mutant(
         "each delta but the first of a stream ends a gap",
-        "                self._relayed(deltas, None, now - self._delta_at)",
-        "                self._relayed(deltas, None, None)",
+        "                self._relayed(pieces, None, now - self._delta_at)",
+        "                self._relayed(pieces, None, None)",
         ("tests/service/test_metrics.py",),
     ),
     Mutant(

@@ -106,6 +106,7 @@ async def test_a_loop_that_is_very_late_takes_no_new_calls_and_asks_no_upstream(
         assert failure.retry_seconds > 0
         assert int(failure.pushback) > 0
         assert len(served.asked) == 1
+        assert gateway.running.gateway.refused_late == 1
         goes_on = await running
         assert goes_on.failure is None
         assert goes_on.text == "".join(TEXTS)
