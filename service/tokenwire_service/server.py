@@ -76,6 +76,7 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
+_ON_THEIR_WAY = 0.2  # seconds in which calls begin that came before connections were told to go
 _LAST_WORDS = 1.0  # seconds after the grace for the statuses of calls that were cut off
 
 
@@ -159,7 +160,7 @@ async def serving(
             stack.push_async_callback(otlp.close)  # last of all: what ends now is told, too
             wanted.append(otlp.observer)
         observer = Observers(*(each for each in wanted if each is not None))
-        quotas = await stack.enter_async_context(sharing.started(config.redis, logger))
+        shared = await stack.enter_async_context(sharing.started(config.redis, logger))
         live = Live(
             config,
             observer,
@@ -169,7 +170,7 @@ async def serving(
             heartbeat=heartbeat,
             relayed=_relayed(recent, metrics),
             lag=lag,
-            quotas=quotas,
+            shared=shared,
         )
         stack.push_async_callback(live.close)
         gateway = live.gateway
@@ -281,10 +282,14 @@ async def serve_until_signalled(
             insisted = None
             if first is signal.SIGTERM:
                 insisted = await _next(signals, {ended}, drain.propagation)
-            running.gateway.draining = True
             if insisted is None:
                 # Longer than we wait: what is left then is told why by us, not cut off by gRPC.
                 stopping = asyncio.ensure_future(running.server.stop(drain.grace + 2 * _LAST_WORDS))
+                # Connections are told to go elsewhere now. Calls that have reached gRPC before that
+                # may begin a moment later, and are served as those that run.
+                insisted = await _next(signals, {stopping}, min(_ON_THEIR_WAY, drain.grace))
+            running.gateway.draining = True
+            if insisted is None:
                 idle = asyncio.ensure_future(running.boundary.idle())
                 insisted = await _next(signals, {stopping, idle}, drain.grace)
                 if not idle.done():
