@@ -49,7 +49,7 @@ from tokenwire_service.telemetry import LogObserver, Observer, Observers, log_sc
 from tokenwire_service.upstream.client import UpstreamClient
 
 if TYPE_CHECKING:
-    from tokenwire_service.metrics import Observed
+    from tokenwire_service.metrics import Observed, Standing
     from tokenwire_service.otlp import Otlp
 
 SERVICES = (
@@ -222,7 +222,11 @@ async def serving(
         exposed = ""
         if metrics is not None:
             exposed = await _metrics_page(
-                metrics, otlp, live, counters, revision, config.metrics.listen, logger, stack
+                metrics,
+                _standing(live, counters, revision, otlp, shared),
+                config.metrics.listen,
+                logger,
+                stack,
             )
         watches = _Watches(live, labels, boundary, revision, logger)
         stack.push_async_callback(watches.end)
@@ -422,25 +426,43 @@ def _otlp(config: Config, labels: Labels, scrub: Scrubber, logger: logging.Logge
     return otlp.Otlp(config.otlp, labels, scrub, logger)
 
 
-async def _metrics_page(
-    metrics: Observed,
-    otlp: Otlp | None,
+def _standing(
     live: Live,
     counters: Counters,
     revision: Revision,
+    otlp: Otlp | None,
+    shared: sharing.Shared | None,
+) -> Standing:
+    """What Prometheus reads of how the gateway stands."""
+    from tokenwire_service import metrics
+
+    def redis_away() -> bool:
+        return shared is not None and not shared.store.here
+
+    return metrics.Standing(
+        live.gateway,
+        live.pools,
+        counters,
+        live.files,
+        revision,
+        spans=dict if otlp is None else otlp.spans,
+        redis_away=redis_away,
+    )
+
+
+async def _metrics_page(
+    metrics: Observed,
+    standing: Standing,
     listen: str,
     logger: logging.Logger,
     stack: AsyncExitStack,
 ) -> str:
     """Opens the port for Prometheus; where."""
     from tokenwire_service import httplistener
-    from tokenwire_service.metrics import Standing, exposition, watch_process
+    from tokenwire_service.metrics import exposition, watch_process
 
     registry = metrics.registry
-    spans: Callable[[], Mapping[str, int]] = dict if otlp is None else otlp.spans
-    registry.register(
-        Standing(live.gateway, live.pools, counters, live.files, revision, spans=spans)
-    )
+    registry.register(standing)
     watch_process(registry)
     routes = {"/metrics": httplistener.page(lambda accept: exposition(registry, accept))}
     try:
