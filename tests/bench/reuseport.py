@@ -47,9 +47,14 @@ def main() -> None:
         for connections in (2, 4, 8, 16, 64):
             shares = sorted(busiest(processes, connections) for _ in range(TRIALS))
             median, tenth = statistics.median(shares), shares[TRIALS * 9 // 10]
-            print(
-                f"| {processes} | {connections} | {median:.0%} | {tenth:.0%} | {1 / processes:.0%} |"
+            cells = (
+                processes,
+                connections,
+                f"{median:.0%}",
+                f"{tenth:.0%}",
+                f"{1 / processes:.0%}",
             )
+            print("| " + " | ".join(map(str, cells)) + " |")
 
 
 if __name__ == "__main__":
