@@ -70,7 +70,12 @@ RUBY := docs/clients/ruby
 missing = || { echo "$(1): its tests fail in CI and are skipped elsewhere"; test -z "$${CI:-}"; }
 
 .PHONY: setup-wire
-setup-wire: $(WIRE)/bin/.complete $(WIRE)/venv/.complete setup-ruby ## Install the clients by others that tests/wire calls the gateway with
+setup-wire: $(WIRE)/bin/.complete $(WIRE)/venv/.complete setup-ruby setup-load ## Install the clients by others that tests/wire calls the gateway with
+
+# The Go client as tests/rolling runs it.
+.PHONY: setup-load
+setup-load:
+	@$(MAKE) --silent -C clients/go load $(call missing,go cannot build the load of tests/rolling)
 
 # Versions and hashes are those of go.mod and go.sum. -p 2: the memory of others counts, too.
 $(WIRE)/bin/.complete: tests/wire/tools/go.mod tests/wire/tools/go.sum
@@ -156,7 +161,7 @@ build/image/.complete: service/requirements.txt tests/deploy/base_image.py deplo
 		$(BIN)/pip download --quiet --disable-pip-version-check --require-hashes --no-deps -r $< -d $(@D)/wheels && \
 		$(BIN)/python tests/deploy/base_image.py $(@D)/wheels $(@D)/base.tar && \
 		podman $(IMAGE_STORE) import --quiet $(@D)/base.tar localhost/tokenwire-base >/dev/null 2>&1 && \
-		rm $(@D)/base.tar && touch $@) $(call missing,images cannot be built here)
+		podman $(IMAGE_STORE) image prune --force >/dev/null 2>&1 && rm $(@D)/base.tar && touch $@) $(call missing,images cannot be built here)
 
 .PHONY: install-engine
 install-engine:
@@ -193,6 +198,15 @@ in-clients = for client in $(CLIENTS); do \
 .PHONY: conformance
 conformance: $(BIN)/.complete $(CONTRACT)/.complete ## Run every client against one gateway; writes docs/conformance.md
 	@GRPC_VERBOSITY=NONE PYTHONPATH=tests $(BIN)/python -m conformance.driver $(if $(ARGS),$(ARGS),--write docs/conformance.md)
+
+# Each waits in a process of its own: two minutes for all of them.
+.PHONY: test-idle
+test-idle: ## Test that a silent stream lives for 120 s with the default options of each client
+	@mkdir -p build; waiting=; for client in $(CLIENTS); do \
+		if $(MAKE) --silent -C clients/$$client available; then \
+			$(MAKE) --silent -C clients/$$client test-idle >build/idle-$$client.log 2>&1 & waiting="$$waiting $$client:$$!"; \
+		else echo "SKIPPED clients/$$client: its toolchain is not installed"; test -z "$${CI:-}" || exit 1; fi; done; \
+	for each in $$waiting; do wait $${each#*:} || { cat build/idle-$${each%:*}.log; exit 1; }; done
 
 .PHONY: package
 package: $(BIN)/.complete $(CONTRACT)/.complete ## Build what is published: wheels, Go module, jars, crate, npm tarball, into build/

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 
 _SMOOTHING = 0.1  # share of the newest call in the average duration
 
@@ -45,17 +44,21 @@ class Admission:
         """Calls in the queue."""
         return len(self._waiting)
 
-    @asynccontextmanager
-    async def slot(self, deadline: float) -> AsyncIterator[None]:
-        """Holds a slot; waits for one first. Raises FullError at once if that is hopeless."""
+    def slot(self, deadline: float) -> Slot:
+        """Holds a slot while it is entered; waits for one first. Raises FullError at once if that
+        is hopeless."""
+        return Slot(self, deadline)
+
+    async def enter(self, deadline: float) -> float:
+        """Waits for a slot; when it came."""
         await self._enter(deadline)
-        began = self._now()
-        try:
-            yield
-        finally:
-            took = self._now() - began
-            self._average += (took - self._average) * (_SMOOTHING if self._average else 1.0)
-            self._leave()
+        return self._now()
+
+    def leave(self, began: float) -> None:
+        """Gives back a slot that was had since `began`."""
+        took = self._now() - began
+        self._average += (took - self._average) * (_SMOOTHING if self._average else 1.0)
+        self._leave()
 
     async def _enter(self, deadline: float) -> None:
         if self._in_flight < self.slots and not self._waiting:
@@ -93,3 +96,19 @@ class Admission:
             if not turn.done():
                 self._in_flight += 1
                 turn.set_result(None)
+
+
+class Slot:
+    """The context of Admission.slot. Not a generator: every call enters two of them."""
+
+    __slots__ = ("_admission", "_began", "_deadline")
+
+    def __init__(self, admission: Admission, deadline: float) -> None:
+        self._admission = admission
+        self._deadline = deadline
+
+    async def __aenter__(self) -> None:
+        self._began = await self._admission.enter(self._deadline)
+
+    async def __aexit__(self, *_error: object) -> None:
+        self._admission.leave(self._began)

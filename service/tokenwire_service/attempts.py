@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeVar
 
 from tokenwire.v1 import chat_pb2, chat_service_pb2, error_reason_pb2
@@ -30,7 +31,7 @@ from tokenwire_service.keyring import (
     Lease,
     Unavailable,
 )
-from tokenwire_service.layouts import estimate
+from tokenwire_service.layouts import estimate, prompt_tokens
 from tokenwire_service.pool import Pool
 from tokenwire_service.relay import Outbox
 from tokenwire_service.retry import Backoff, RetryBudget
@@ -64,6 +65,11 @@ class Call:
     backoff_seconds: float = 0.0  # between attempts
     first_token_at: float | None = None  # of a stream
     span: CallSpan | None = None  # where the RPC is traced
+
+    @cached_property
+    def prompt_tokens(self) -> int:
+        """Estimated: what the limits of callers and of keys count beforehand."""
+        return prompt_tokens(self.chat)
 
 
 @dataclass
@@ -227,7 +233,7 @@ class Attempts:
         cost = 0
         if pool.ring.counts_tokens:
             choices = max(1, chat.params.choice_count)
-            cost = estimate(chat, 0).prompt_tokens + plan.encoded.max_completion_tokens * choices
+            cost = call.prompt_tokens + plan.encoded.max_completion_tokens * choices
         until = call.deadline if plan.patient else self._now()
         waited = Stopwatch(self._now)
         try:

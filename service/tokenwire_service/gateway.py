@@ -24,6 +24,7 @@ from tokenwire_service.errors import TIMER, Fault, GatewayError, UpstreamFault
 from tokenwire_service.folding import Fold, unfolded
 from tokenwire_service.keyring import FIRST_COOLDOWN
 from tokenwire_service.layouts import estimate, so_far
+from tokenwire_service.looplag import LoopLag
 from tokenwire_service.pool import Pool
 from tokenwire_service.relay import HEARTBEAT_SECONDS, Outbox, Relayed, Write, text_bytes
 from tokenwire_service.retry import Backoff, RetryBudget
@@ -35,6 +36,8 @@ from tokenwire_service.wording import trail, usage_facts
 
 T = TypeVar("T")
 StreamChatResponse = chat_service_pb2.StreamChatResponse
+
+_MOST_ROUTES = 1024  # of names that pass through
 
 _LAST_WORDS = 1.0  # seconds after the deadline for the last snapshots, if the caller reads
 
@@ -61,8 +64,8 @@ class _Sink(Protocol):
     async def tick(self) -> None:
         """Called at `wake_at`."""
 
-    async def send(self, events: Sequence[StreamChatResponse]) -> None:
-        """What arrived, without the end."""
+    async def send(self, events: Sequence[StreamChatResponse], pieces: int = 1) -> None:
+        """What arrived, without the end; of how many pieces of the upstream's."""
 
     async def finish(self, events: Sequence[StreamChatResponse]) -> None:
         """The finishes and the trailer, after everything else."""
@@ -81,7 +84,7 @@ class _Gathered:
     async def tick(self) -> None:
         """Nothing is sent before the end."""
 
-    async def send(self, events: Sequence[StreamChatResponse]) -> None:
+    async def send(self, events: Sequence[StreamChatResponse], pieces: int = 1) -> None:
         """Keeps them. Raises UpstreamFault if they are too many."""
         self.delivered_bytes += sum(text_bytes(e.delta) for e in events if e.HasField("delta"))
         self.fold.add(events)
@@ -99,6 +102,7 @@ class _Running:
     def __init__(self) -> None:
         self.draining = False
         self.closed = False
+        self.refused_late = 0  # calls, since the start
         self.timers: set[asyncio.Timeout] = set()
 
 
@@ -122,6 +126,7 @@ class Gateway:
         relayed: Relayed | None = None,
         now: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        lag: LoopLag | None = None,
         before: Gateway | None = None,
     ) -> None:
         self.config = config
@@ -129,6 +134,7 @@ class Gateway:
         self._clients = {name: pool.client for name, pool in pools.items()}
         self._heartbeat = heartbeat
         self._relayed = relayed
+        self.lag = lag or LoopLag(now)
         self._now = now
         retries, limits = config.retries, config.limits
         if before is None:
@@ -149,9 +155,14 @@ class Gateway:
             sleep=sleep,
         )
         self._models: dict[str, Model] = {}
+        # Routes remember what is spoken there. Those that pass are apart: callers choose the names,
+        # so they have no end.
+        self._routes: dict[str, Route] = {}
+        self._passed: dict[str, Route] = {}
         for model in config.models:
+            route = Route(self._clients[model.upstream].upstream, model, model.upstream_model)
             for name in (model.name, *model.aliases):
-                self._models[name] = model
+                self._models[name], self._routes[name] = model, route
         self._passthrough = next((u for u in config.upstreams if u.passthrough), None)
 
     @property
@@ -182,6 +193,11 @@ class Gateway:
     def dropped(self) -> int:
         """Calls refused for want of a slot here and of a place to wait for one."""
         return self._admission.dropped
+
+    @property
+    def refused_late(self) -> int:
+        """Calls refused because the event loop ran late."""
+        return self._running.refused_late
 
     @property
     def retry_budget(self) -> float:
@@ -243,6 +259,7 @@ class Gateway:
                     await outbox.fail(error)
             raise
         finally:
+            outbox.close()
             call.first_token_at = outbox.first_delta_at
             if outbox.committed:
                 call.usage = call.usage or estimate(call.chat, outbox.delivered_bytes)
@@ -276,7 +293,9 @@ class Gateway:
                         # What waits on a probe waits no more.
                         self._attempts.accepted(attempt)
                         plan.pool.look()
-                    await sink.send(stops.apply(events))
+                    await sink.send(stops.apply(events), answer.pieces)
+                    if self.lag.hold:
+                        await answer.rest(self.lag.hold)
                 tail = answer.finish()
                 complete = True
                 if tail[0].WhichOneof("event") == "header":
@@ -328,6 +347,8 @@ class Gateway:
         to what went wrong what was tried."""
         if self._running.closed or not call.accepted:
             self.refuse_if_draining()
+        if not call.accepted:
+            self._refuse_if_late()
         seconds = call.deadline - self._now()
         if seconds <= 0:
             raise self._out_of_time(call)
@@ -354,6 +375,18 @@ class Gateway:
         for timer in self._running.timers:
             if not timer.expired():  # at its deadline already, at this very moment
                 timer.reschedule(asyncio.get_running_loop().time())
+
+    def _refuse_if_late(self) -> None:
+        """Raises GATEWAY_OVERLOADED while the event loop runs so late that one call more would
+        slow down all that run."""
+        if self.lag.seconds > self.config.limits.loop_lag:
+            self._running.refused_late += 1
+            raise GatewayError(
+                error_reason_pb2.ERROR_REASON_GATEWAY_OVERLOADED,
+                f"this instance runs {self.lag.seconds * 1000:.0f} ms late",
+                retry_after=FIRST_COOLDOWN,
+                retry_helps=True,
+            )
 
     def refuse_if_draining(self) -> None:
         """Raises GATEWAY_DRAINING once this instance takes nothing new."""
@@ -387,11 +420,13 @@ class Gateway:
 
     def route(self, name: str) -> Route:
         """Where a model's name leads. Raises MODEL_NOT_FOUND."""
-        model = self._models.get(name)
-        if model is not None:
-            return Route(self._clients[model.upstream].upstream, model, model.upstream_model)
+        known = self._routes.get(name) or self._passed.get(name)
+        if known is not None:
+            return known
         if self._passthrough is not None:
-            return Route(self._passthrough, None, name)
+            if len(self._passed) >= _MOST_ROUTES:
+                self._passed.clear()
+            return self._passed.setdefault(name, Route(self._passthrough, None, name))
         raise GatewayError(
             error_reason_pb2.ERROR_REASON_MODEL_NOT_FOUND,
             f"no model {name[:80]!r} is configured, and no upstream passes names through",

@@ -17,8 +17,9 @@ import hashlib
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from heapq import heapify, heappop
 
 from tokenwire_service.concurrency import GROWTH, AdaptiveLimit
 from tokenwire_service.config import Key, Upstream
@@ -104,8 +105,9 @@ class Spent:
 
 @dataclass
 class Block:
-    """Why a scope is closed, and until when. Not blocked while `until` is 0."""
+    """Why the scope at `place` is closed, and until when. Not blocked while `until` is 0."""
 
+    place: Hashable
     until: float = 0.0
     strikes: int = 0
     fault: Fault | None = None
@@ -119,11 +121,26 @@ class Block:
         return self.strikes
 
 
+@dataclass(frozen=True)
+class Closed:
+    """That a key, or its quota group, is closed: what one ring may tell another of it. `key`: who
+    met it. `model`: None where for all. `until`: monotonic seconds, inf where nothing opens it."""
+
+    scope: Scope
+    key: Key
+    model: str | None
+    fault: Fault
+    until: float
+    strikes: int
+
+
 @dataclass
 class _KeyState:
     key: Key
     requests: MinuteWindow | None
     tokens: MinuteWindow | None
+    shut: float = 0.0  # until when others have used up its own limits
+    shut_by: Fault | None = None  # None: they use it now, and may end at any moment
     in_flight: int = 0
     served: float = 0.0  # virtual time: grows by 1/weight per lease
     serves: set[str] = field(default_factory=set)  # models that it has answered for
@@ -149,6 +166,7 @@ class Lease:
     started: float
     together: int  # with how many of its group it began, itself included
     spent: Spent | None  # of the key's tokens per minute
+    asked: Spent | None  # of its requests
     state: _KeyState
     group: _Group
     # What it probes, each with the `until` it found: another one later means that an answer to
@@ -194,6 +212,7 @@ class KeyRing:
         # By id and secret, while in use yet: the state that counts it, and the key.
         self._former: dict[tuple[str, Secret], tuple[_KeyState, Key]] = {}
         self.generation = 0  # how often the keys were set
+        self.tell: Callable[[Closed], None] | None = None  # of what other rings may want to know
         self.replace(upstream.keys)
 
     def __repr__(self) -> str:
@@ -269,29 +288,29 @@ class KeyRing:
         not flooded. `tokens` is what the request may cost, an estimate. Where some key was found
         to lack the model, those known to serve it go before the rest.
         """
-        best: _KeyState | None = None
-        best_rank: tuple[float, ...] = (math.inf,)
         uneven = model in self._uneven
         all_closed: list[Unavailable] = []
-        for state in self._keys:
-            if state.key.quota_group in avoid:
+        ranked: list[tuple[bool, float, float, int]] = []
+        for place, state in enumerate(self._keys):
+            if avoid and state.key.quota_group in avoid:
                 all_closed.append(Unavailable(math.inf, Fault.OVER_TIER))
-                continue
-            closed = self._closed(state, model, now, tokens)
-            if closed is not None:
-                all_closed.append(closed)
                 continue
             unknown = uneven and model not in state.serves
             if sticky:
-                rank = (unknown, -_affinity(sticky, state.key), 0.0)
-            else:
-                load = state.in_flight / state.key.weight
-                rank = (unknown, load, max(state.served, self._virtual_time))
-            if rank < best_rank:
-                best, best_rank = state, rank
-        if best is None:
-            return _soonest(all_closed)
-        return self._grant(best, model, now, tokens)
+                ranked.append((unknown, -_affinity(sticky, state.key), 0.0, place))
+                continue
+            served = state.served if state.served > self._virtual_time else self._virtual_time
+            ranked.append((unknown, state.in_flight / state.key.weight, served, place))
+        # To rank a key takes less time than to see whether it is open, and the first mostly is:
+        # a heap gives the next one only where it is asked for.
+        heapify(ranked)
+        while ranked:
+            state = self._keys[heappop(ranked)[-1]]
+            closed = self._closed(state, model, now, tokens)
+            if closed is None:
+                return self._grant(state, model, now, tokens)
+            all_closed.append(closed)
+        return _soonest(all_closed)
 
     def succeed(self, lease: Lease) -> None:
         """The key serves: what it probed is open again. Call before release; again does no harm."""
@@ -302,10 +321,11 @@ class KeyRing:
         for block, until in lease.probes:
             if block.until == until:
                 block.until, block.strikes, block.fault = 0.0, 0, None
-        for scope in (("upstream", lease.model), ("upstream",)):
+        for scope in (("upstream", lease.model), ("upstream",)) if self._blocks else ():
             whole = self._blocks.get(scope)
             if whole is not None and not whole.until:
                 whole.strikes = 0
+                self._forget(whole)
         lease.group.limit.borne(min(lease.together, lease.group.in_flight))
 
     def served_elsewhere(self, lease: Lease) -> bool:
@@ -339,31 +359,31 @@ class KeyRing:
             together = max(lease.together, lease.group.in_flight)
             lease.group.limit.limited(together, lease.started, now)
         if action is KeyAction.COOL_GROUP:
-            block = self._block(("group", key.quota_group, model))
+            place: Hashable = ("group", key.quota_group, model)
+            block = self._block(place)
             delay = _stated(fault, COOLDOWN_CAP)
             if delay is None and fault.fault is Fault.DAILY_QUOTA:
                 delay = COOLDOWN_CAP  # whose midnight ends the day, the answer does not say
             elif delay is None:
                 delay = _doubling(FIRST_COOLDOWN, UNSTATED_COOLDOWN_CAP, block.strike(now))
-            self._close(block, fault, now, delay)
+            self._close_told(place, key, fault, now, delay)
         elif action is KeyAction.COOL_UPSTREAM:
             block = self._block(("upstream", model))
             delay = _stated(fault, STATED_OVERLOAD_CAP)
             self._trip(block, fault, now, OVERLOADS_BEFORE_COOLING, OVERLOAD_COOLDOWN_CAP, delay)
         elif action is KeyAction.RETIRE_KEY:
-            self._close(self._block(("key", key.id, key.secret)), fault, now, math.inf)
+            self._close_told(("key", key.id, key.secret), key, fault, now, math.inf)
         elif action is KeyAction.RETIRE_FOR_MODEL:
-            block = self._block(("key", key.id, key.secret, model))
-            self._close(block, fault, now, PROBE_CAP)
+            self._close_told(("key", key.id, key.secret, model), key, fault, now, PROBE_CAP)
         elif action is KeyAction.NOTE_MODEL:
             self._note(lease, fault, now)
         elif action is KeyAction.RETIRE_GROUP and fault.fault is Fault.QUOTA_EXHAUSTED:
-            block = self._block(("group", key.quota_group))
-            delay = _doubling(FIRST_PROBE, PROBE_CAP, block.strike(now))
-            self._close(block, fault, now, delay)
+            place = ("group", key.quota_group)
+            delay = _doubling(FIRST_PROBE, PROBE_CAP, self._block(place).strike(now))
+            self._close_told(place, key, fault, now, delay)
         elif action is KeyAction.RETIRE_GROUP:
             for dead in self._account(lease):
-                self._close(self._block(("key", dead.id, dead.secret)), fault, now, math.inf)
+                self._close_told(("key", dead.id, dead.secret), dead, fault, now, math.inf)
         elif fault.fault in _BREAKER_FAULTS:
             block = self._block(("upstream",))
             self._trip(block, fault, now, BREAKER_FAILURES, BREAKER_CAP, None)
@@ -379,6 +399,49 @@ class KeyRing:
         for block, _ in lease.probes:
             if block.probe is lease:
                 block.probe = None
+                self._forget(block)
+
+    def hear(self, closed: Closed) -> bool:
+        """Takes in what another ring of the same keys tells; whether it changes anything. It never
+        shortens what is known here, and a probe that is under way opens nothing then."""
+        key = closed.key
+        place: tuple[Hashable, ...] = ("group", key.quota_group)
+        if closed.scope in (Scope.KEY, Scope.KEY_MODEL):
+            place = ("key", key.id, key.secret)
+        if closed.model is not None:
+            place = (*place, closed.model)
+        block = self._block(place)
+        if closed.until <= block.until:
+            return False
+        block.until, block.fault = closed.until, closed.fault
+        block.strikes = max(block.strikes, closed.strikes)
+        if closed.fault is Fault.MODEL_NOT_FOUND and closed.model is not None:
+            self._uneven.add(closed.model)
+        return True
+
+    def closed(self, now: float) -> Iterator[Closed]:
+        """Every key and group that is closed, as it would be told."""
+        keys: dict[Hashable, Key] = {("key", key.id, key.secret): key for key in self.keys}
+        keys |= {("group", key.quota_group): key for key in reversed(self.keys)}
+        for place, block in self._blocks.items():
+            assert isinstance(place, tuple)
+            for whole, model in ((place, None), (place[:-1], place[-1])):
+                if whole in keys and block.until > now and block.fault is not None:
+                    yield _told(place, keys[whole], block, model)
+
+    def refused(self, lease: Lease, until: float, fault: Fault | None) -> None:
+        """Others have used up what its key may, until then: the lease asked for nothing. `fault`:
+        None where they use it now. Call before release."""
+        for spent in (lease.spent, lease.asked):
+            if spent is not None:
+                spent.window.correct(spent, 0)
+        if until > lease.state.shut:
+            lease.state.shut, lease.state.shut_by = until, fault
+
+    def may_have_room(self, lease: Lease) -> None:
+        """One use of its key has ended: whether others still use up all that it may is open."""
+        if lease.state.shut_by is None:
+            lease.state.shut = 0.0
 
     def snapshot(self, now: float) -> RingView:
         """Everything as it stands. Changes nothing."""
@@ -413,13 +476,15 @@ class KeyRing:
     def _closed(self, state: _KeyState, model: str, now: float, tokens: int) -> Unavailable | None:
         """Why this key cannot serve now, None if it can."""
         at, fault, busy = now, None, False
-        for scope in self._scopes(state.key, model):
+        for scope in self._scopes(state.key, model) if self._blocks else ():
             block = self._blocks.get(scope)
             if block is None:
                 continue
             if block.until > at:
                 at, fault = block.until, block.fault
             busy = busy or (0 < block.until <= now and block.probe is not None)
+        if state.shut > at:
+            at, fault = state.shut, state.shut_by
         for window, cost in ((state.requests, 1), (state.tokens, tokens)):
             if window is not None and (opens := window.opens_at(now, cost)) > at:
                 at, fault = opens, Fault.RATE_LIMITED
@@ -449,6 +514,7 @@ class KeyRing:
         if found in (State.READY, State.PARTLY):
             windows = [each for each in (state.requests, state.tokens) if each is not None]
             full = state.in_flight >= (key.in_flight or math.inf)
+            full = full or state.shut > now
             if full or any(window.opens_at(now, 1) > now for window in windows):
                 found = State.LIMITED
         return KeyView(key.id, key.quota_group, key.weight, found, state.in_flight, own)
@@ -463,12 +529,11 @@ class KeyRing:
         group = self._groups.setdefault((key.quota_group, model), _Group())
         group.in_flight += 1
         self._leases += 1
-        if state.requests is not None:
-            state.requests.spend(now, 1)
+        asked = None if state.requests is None else state.requests.spend(now, 1)
         spent = None if state.tokens is None else state.tokens.spend(now, tokens)
         organization = key.organization or self._organization(state)
-        lease = Lease(key, organization, model, now, group.in_flight, spent, state, group)
-        for scope in self._scopes(key, model):
+        lease = Lease(key, organization, model, now, group.in_flight, spent, asked, state, group)
+        for scope in self._scopes(key, model) if self._blocks else ():
             block = self._blocks.get(scope)
             if block is not None and block.until:
                 block.probe = lease
@@ -518,8 +583,8 @@ class KeyRing:
             lease.state.serves.discard(lease.model)
         if self.served_elsewhere(lease):
             self._uneven.add(lease.model)
-            block = self._block(("key", lease.key.id, lease.key.secret, lease.model))
-            self._close(block, fault, now, PROBE_CAP)
+            place = ("key", lease.key.id, lease.key.secret, lease.model)
+            self._close_told(place, lease.key, fault, now, PROBE_CAP)
 
     def _organization(self, state: _KeyState) -> str | None:
         """They take turns, but a key goes on with the one that it met longest ago: with as many
@@ -535,7 +600,25 @@ class KeyRing:
         return chosen
 
     def _block(self, scope: Hashable) -> Block:
-        return self._blocks.setdefault(scope, Block())
+        return self._blocks.setdefault(scope, Block(scope))
+
+    def _forget(self, block: Block) -> None:
+        """Lets go of one that is open and has nothing held against it: where there are no blocks
+        at all, as nearly always, no scope is looked up."""
+        if not block.until and not block.strikes and block.probe is None:
+            self._blocks.pop(block.place, None)
+
+    def _close_told(
+        self, place: Hashable, key: Key, fault: UpstreamFault, now: float, delay: float
+    ) -> None:
+        """As `_close`; and others are told."""
+        block = self._block(place)
+        before = block.until
+        self._close(block, fault, now, delay)
+        if self.tell is not None and block.until > before:
+            assert isinstance(place, tuple)
+            _, _, parts = _SCOPES[place[0]]
+            self.tell(_told(place, key, block, None if len(place) == parts else place[-1]))
 
     def _close(self, block: Block, fault: UpstreamFault, now: float, delay: float) -> None:
         """Closes for `delay` and up to 10 % more. A late answer never shortens what an earlier
@@ -584,6 +667,15 @@ def _closure(place: tuple[Hashable, ...], block: Block, now: float) -> Closure |
     if len(place) == parts:
         return Closure(scope, state, block.fault, block.until)
     return Closure(scope_with_model, state, block.fault, block.until, str(place[-1]))
+
+
+def _told(place: tuple[Hashable, ...], key: Key, block: Block, model: Hashable) -> Closed:
+    assert block.fault is not None
+    scope, scope_with_model, _ = _SCOPES[str(place[0])]
+    if model is None:
+        return Closed(scope, key, None, block.fault, block.until, block.strikes)
+    name = str(model)
+    return Closed(scope_with_model, key, name, block.fault, block.until, block.strikes)
 
 
 # By what a block's place begins with: the scope, the same with a model, and the length without.

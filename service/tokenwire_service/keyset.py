@@ -124,6 +124,13 @@ def _key(key_id: str, secret: Secret, source: KeySource) -> Key:
     )
 
 
+def shared_name(upstream: str, key: Key) -> str:
+    """What replicas call a key among themselves, whose ids may differ: a digest of 128 bits, from
+    which no key can be told."""
+    parts = ("tokenwire shared key v1", upstream, key.secret.reveal(), key.organization or "")
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
 def _fingerprint(secret: Secret, organization: str | None) -> str:
     parts = ["tokenwire key id v1", secret.reveal(), *filter(None, [organization])]
     return "key-" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]

@@ -19,7 +19,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenwire.v1 import chat_pb2, chat_service_pb2
 from tokenwire_service.upstream.json_text import INT32_MAX
@@ -47,13 +47,11 @@ class Layout:
     typed_tools: bool = True  # tools written as TypeScript; else as JSON
 
 
-@dataclass(frozen=True)
-class Laid:
-    """A call in a layout: its texts, the tokens between them, and whether both are proven."""
+class Laid(NamedTuple):
+    """A call in a layout: its texts, and the tokens between them."""
 
     texts: list[str]
     between: int
-    proven: bool
 
 
 OPENAI = Layout(
@@ -110,9 +108,14 @@ def lay(layout: Layout, chat: chat_service_pb2.ChatRequest, turns: Sequence[Turn
         for name in chat.tool_choice.tool_names[:1]:
             between += _FORCED_TOOL
             texts.append(name)
-    texts.append(chat.response_format.json_schema.schema_json)
-    proven = _is_plain(chat) and all(_is_proven(layout, turn) for turn in turns)
-    return Laid([text for text in texts if text], between, proven)
+    if chat.HasField("response_format"):
+        texts.append(chat.response_format.json_schema.schema_json)
+    return Laid([text for text in texts if text], between)
+
+
+def is_proven(layout: Layout, chat: chat_service_pb2.ChatRequest, turns: Sequence[Turn]) -> bool:
+    """Whether calls of this shape were found to be counted to the token."""
+    return _is_plain(chat) and all(_is_proven_turn(layout, turn) for turn in turns)
 
 
 def as_written(chat: chat_service_pb2.ChatRequest) -> list[Turn]:
@@ -161,7 +164,7 @@ def _is_plain(chat: chat_service_pb2.ChatRequest) -> bool:
     )
 
 
-def _is_proven(layout: Layout, turn: Turn) -> bool:
+def _is_proven_turn(layout: Layout, turn: Turn) -> bool:
     message = turn.message
     if message.name and layout.name is None:
         return False
@@ -304,8 +307,7 @@ def family_of(model: str) -> Family:
 def estimate(chat: chat_service_pb2.ChatRequest, delivered_bytes: int) -> chat_pb2.Usage:
     """Usage of an answer whose upstream never said it: by bytes of text, marked as estimated.
     Four bytes a token is OpenAI's own rule of thumb for English; it is near for others."""
-    laid = lay(UNKNOWN, chat, as_written(chat))
-    prompt = laid.between + sum(len(text.encode()) for text in laid.texts) // _BYTES_PER_TOKEN
+    prompt = prompt_tokens(chat)
     completion = _tokens_in(delivered_bytes)
     return chat_pb2.Usage(
         prompt_tokens=prompt,
@@ -313,6 +315,13 @@ def estimate(chat: chat_service_pb2.ChatRequest, delivered_bytes: int) -> chat_p
         total_tokens=prompt + completion,
         estimated=True,
     )
+
+
+def prompt_tokens(chat: chat_service_pb2.ChatRequest) -> int:
+    """Of a call's prompt, estimated."""
+    laid = lay(UNKNOWN, chat, as_written(chat))
+    size = sum(len(text if text.isascii() else text.encode()) for text in laid.texts)
+    return laid.between + size // _BYTES_PER_TOKEN
 
 
 def so_far(told: chat_pb2.Usage, delivered_bytes: int) -> chat_pb2.Usage:

@@ -23,12 +23,14 @@ from tokenwire_service.counters import Counters
 from tokenwire_service.gateway import Gateway
 from tokenwire_service.keyfiles import FileUnusable, FileUsable, KeyFiles
 from tokenwire_service.keyring import KeyRing
+from tokenwire_service.looplag import LoopLag
 from tokenwire_service.pool import Pool
-from tokenwire_service.quotas import Quotas
 from tokenwire_service.relay import HEARTBEAT_SECONDS, Relayed
 from tokenwire_service.retry import Backoff
 from tokenwire_service.secret import Scrubber
 from tokenwire_service.settings import RELOADED
+from tokenwire_service.sharedpool import SharedPool
+from tokenwire_service.sharing import Shared
 from tokenwire_service.telemetry import Observer
 from tokenwire_service.tokens import TokenCounter
 from tokenwire_service.typed_yaml import file_fields
@@ -48,8 +50,8 @@ class Taken:
 
 class Live:
     """`config` is in force now; `gateway` is for calls that begin now. `pools` is always the same
-    mapping, by upstream. `scrub`: what keeps keys out of the log; it learns of new ones. `quotas`:
-    limits that replicas share."""
+    mapping, by upstream. `scrub`: what keeps keys out of the log; it learns of new ones. `shared`:
+    what replicas have in common."""
 
     def __init__(
         self,
@@ -61,7 +63,8 @@ class Live:
         *,
         heartbeat: float = HEARTBEAT_SECONDS,
         relayed: Relayed | None = None,
-        quotas: Quotas | None = None,
+        lag: LoopLag | None = None,
+        shared: Shared | None = None,
     ) -> None:
         self.config = config
         self._observer = observer
@@ -70,11 +73,13 @@ class Live:
         self._logger = logger
         self._heartbeat = heartbeat
         self._relayed = relayed
+        self._lag = lag
+        self._shared = shared
         self._dialect = chooser()
         self._pools: dict[str, Pool] = {}
         self.files = KeyFiles(config.upstreams)
         self.counter = TokenCounter(config.limits.tokenizer_bytes)
-        self.callers = Callers(config.callers, quotas=quotas)
+        self.callers = Callers(config.callers, quotas=shared.quotas if shared else None)
         for upstream in config.upstreams:
             self._pools[upstream.name] = self._pool(upstream, config)
         self.gateway = self._gateway(config, None)
@@ -100,6 +105,8 @@ class Live:
         for name in self._pools.keys() - {upstream.name for upstream in config.upstreams}:
             left.append(self._pools.pop(name).client)
             self._counters.keep(name, ())
+            if self._shared is not None:
+                self._shared.keys.leave(name)
         for upstream in config.upstreams:
             pool = self._pools.get(upstream.name)
             if pool is None:
@@ -154,13 +161,18 @@ class Live:
             backoff=Backoff(config.retries.backoff, config.retries.backoff_cap),
             heartbeat=self._heartbeat,
             relayed=self._relayed,
+            lag=self._lag,
             before=before,
         )
 
     def _pool(self, upstream: Upstream, config: Config) -> Pool:
         client = UpstreamClient(upstream, self._dialect, config.limits)
         slots = Admission(_slots(config, upstream), config.limits.queue, time.monotonic)
-        return Pool(client, KeyRing(upstream), slots)
+        if self._shared is None:
+            return Pool(client, KeyRing(upstream), slots)
+        pool = SharedPool(client, KeyRing(upstream), slots, self._shared.quotas)
+        self._shared.keys.join(upstream.name, pool.ring, pool.look)
+        return pool
 
     def _hide(self, *coming: Key) -> None:
         """Keeps every key out of the log, and those that are `coming`."""

@@ -11,6 +11,7 @@ import time
 from bisect import bisect_left
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from itertools import accumulate
 from typing import Protocol
 
@@ -68,29 +69,36 @@ class Observed:
     while they run only `relayed`."""
 
     def __init__(self, labels: Labels) -> None:
-        # Seconds of creation, a second series beside each: of no use to who takes rates.
+        # The time of its creation would be a second series beside each.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self._labels = labels
         self.registry = registry = CollectorRegistry()
-        self._rpcs = Counter(
-            "tokenwire_rpcs",
-            "RPCs that have ended.",
-            ("method", "code", "reason", "caller"),
-            registry=registry,
+        # Kept by their labels in a `cache`: the library would look a series up under a lock.
+        self._rpcs = cache(
+            Counter(
+                "tokenwire_rpcs",
+                "RPCs that have ended.",
+                ("method", "code", "reason", "caller"),
+                registry=registry,
+            ).labels
         )
-        self._rpc_seconds = Histogram(
-            "tokenwire_rpc_duration_seconds",
-            "From the arrival of an RPC to its status.",
-            ("method",),
-            buckets=_LONG,
-            registry=registry,
+        self._rpc_seconds = cache(
+            Histogram(
+                "tokenwire_rpc_duration_seconds",
+                "From the arrival of an RPC to its status.",
+                ("method",),
+                buckets=_LONG,
+                registry=registry,
+            ).labels
         )
-        self._first_token = Histogram(
-            "tokenwire_time_to_first_token_seconds",
-            "From the arrival of a StreamChat to its first text.",
-            ("upstream", "model"),
-            buckets=_FIRST,
-            registry=registry,
+        self._first_token = cache(
+            Histogram(
+                "tokenwire_time_to_first_token_seconds",
+                "From the arrival of a StreamChat to its first text.",
+                ("upstream", "model"),
+                buckets=_FIRST,
+                registry=registry,
+            ).labels
         )
         self._queue_seconds = Histogram(
             "tokenwire_queue_wait_seconds",
@@ -109,43 +117,55 @@ class Observed:
             "What calls slept between attempts.",
             registry=registry,
         )
-        self._caller_tokens = Counter(
-            "tokenwire_caller_tokens",
-            "Tokens of answers, delivered or cut off, by who asked.",
-            ("caller", "type"),
-            registry=registry,
+        self._caller_tokens = cache(
+            Counter(
+                "tokenwire_caller_tokens",
+                "Tokens of answers, delivered or cut off, by who asked.",
+                ("caller", "type"),
+                registry=registry,
+            ).labels
         )
-        self._attempts = Counter(
-            "tokenwire_attempts",
-            "Requests to upstreams that have ended.",
-            ("upstream", "model", "outcome"),
-            registry=registry,
+        self._attempts = cache(
+            Counter(
+                "tokenwire_attempts",
+                "Requests to upstreams that have ended.",
+                ("upstream", "model", "outcome"),
+                registry=registry,
+            ).labels
         )
-        self._attempt_seconds = Histogram(
-            "tokenwire_attempt_duration_seconds",
-            "From a request sent to an upstream to the end of its answer.",
-            ("upstream",),
-            buckets=_LONG,
-            registry=registry,
+        self._attempt_seconds = cache(
+            Histogram(
+                "tokenwire_attempt_duration_seconds",
+                "From a request sent to an upstream to the end of its answer.",
+                ("upstream",),
+                buckets=_LONG,
+                registry=registry,
+            ).labels
         )
-        self._upstream_first_token = Histogram(
-            "tokenwire_upstream_first_token_seconds",
-            "From a request sent to an upstream to the first text of its stream.",
-            ("upstream", "model"),
-            buckets=_FIRST,
-            registry=registry,
+        self._upstream_first_token = cache(
+            Histogram(
+                "tokenwire_upstream_first_token_seconds",
+                "From a request sent to an upstream to the first text of its stream.",
+                ("upstream", "model"),
+                buckets=_FIRST,
+                registry=registry,
+            ).labels
         )
-        self._retries = Counter(
-            "tokenwire_retries",
-            "Attempts that were not the first of their call, fallbacks included.",
-            ("upstream",),
-            registry=registry,
+        self._retries = cache(
+            Counter(
+                "tokenwire_retries",
+                "Attempts that were not the first of their call, fallbacks included.",
+                ("upstream",),
+                registry=registry,
+            ).labels
         )
-        self._tokens = Counter(
-            "tokenwire_tokens",
-            "Tokens of attempts, as upstreams told them or estimated.",
-            ("upstream", "model", "type"),
-            registry=registry,
+        self._tokens = cache(
+            Counter(
+                "tokenwire_tokens",
+                "Tokens of attempts, as upstreams told them or estimated.",
+                ("upstream", "model", "type"),
+                registry=registry,
+            ).labels
         )
         self._deltas = 0
         self._gap_counts = [0] * (len(_GAPS) + 1)
@@ -157,33 +177,33 @@ class Observed:
         answered = not event.fault
         model = self._labels.sent.label(event.model, answered=answered)
         upstream = event.upstream
-        self._attempts.labels(upstream, model, event.fault or _OK).inc()
-        self._attempt_seconds.labels(upstream).observe(event.seconds)
+        self._attempts(upstream, model, event.fault or _OK).inc()
+        self._attempt_seconds(upstream).observe(event.seconds)
         if event.number > 1:
-            self._retries.labels(upstream).inc()
+            self._retries(upstream).inc()
         if event.first_token_seconds is not None:
-            times = self._upstream_first_token.labels(upstream, model)
+            times = self._upstream_first_token(upstream, model)
             times.observe(event.first_token_seconds)
         if event.prompt_tokens:
-            self._tokens.labels(upstream, model, "prompt").inc(event.prompt_tokens)
+            self._tokens(upstream, model, "prompt").inc(event.prompt_tokens)
         if event.completion_tokens:
-            self._tokens.labels(upstream, model, "completion").inc(event.completion_tokens)
+            self._tokens(upstream, model, "completion").inc(event.completion_tokens)
 
     def call(self, event: CallEvent) -> None:
         """Counts it."""
-        self._rpcs.labels(event.method, event.code, event.reason, event.caller).inc()
-        self._rpc_seconds.labels(event.method).observe(event.seconds)
+        self._rpcs(event.method, event.code, event.reason, event.caller).inc()
+        self._rpc_seconds(event.method).observe(event.seconds)
         if event.method in _CHATS:
             self._queue_seconds.observe(event.queue_seconds)
             self._key_seconds.observe(event.key_seconds)
         self._backoff_seconds.inc(event.backoff_seconds)
         if event.first_token_seconds is not None:
             model = self._labels.asked.label(event.model, answered=event.code == "OK")
-            self._first_token.labels(event.upstream, model).observe(event.first_token_seconds)
+            self._first_token(event.upstream, model).observe(event.first_token_seconds)
         if event.prompt_tokens:
-            self._caller_tokens.labels(event.caller, "prompt").inc(event.prompt_tokens)
+            self._caller_tokens(event.caller, "prompt").inc(event.prompt_tokens)
         if event.completion_tokens:
-            self._caller_tokens.labels(event.caller, "completion").inc(event.completion_tokens)
+            self._caller_tokens(event.caller, "completion").inc(event.completion_tokens)
 
     def relayed(self, deltas: int, gap: float | None) -> None:
         """A stream has sent so many deltas at once, `gap` seconds after those before; None for its
@@ -235,6 +255,7 @@ class Standing:
         revision: ConfigState,
         *,
         spans: Callable[[], Mapping[str, int]] = dict,
+        redis_away: Callable[[], bool] = bool,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._gateway = gateway
@@ -243,6 +264,7 @@ class Standing:
         self._files = files
         self._revision = revision
         self._spans = spans
+        self._redis_away = redis_away
         self._now = now
 
     def collect(self) -> Iterator[Metric]:
@@ -263,12 +285,19 @@ class Standing:
             ("slots", "Chats that may run at once.", gateway.slots),
             ("queued_calls", "Chats that wait for a slot of the gateway.", gateway.waiting),
             ("retry_budget", "Retries that may be made now.", gateway.retry_budget),
+            ("loop_lag_seconds", "How late the event loop runs, on average.", gateway.lag.seconds),
+            (
+                "flush_hold_seconds",
+                "For how long streams rest after a message; 0 while the event loop keeps up.",
+                gateway.lag.hold,
+            ),
             ("draining", "1 while new calls are refused, for good.", gateway.draining),
             (
                 "key_files_unusable",
                 "Files of keys with a problem; their last good keys are in force.",
                 sum(bool(file.problem) for file in self._files.states),
             ),
+            ("redis_away", "1 while a Redis that is configured is not there.", self._redis_away()),
             ("config_generation", "Which configuration is in force.", self._revision.generation),
         ):
             yield GaugeMetricFamily(f"tokenwire_{name}", told, value=value)
@@ -287,10 +316,11 @@ class Standing:
     def _upstreams(self, rings: Mapping[str, RingView]) -> Iterator[Metric]:
         drops = CounterMetricFamily(
             "tokenwire_drops",
-            "Calls refused for want of a slot and of a place in the queue.",
-            labels=("queue", "upstream"),
+            "Calls refused because there is too much to do already.",
+            labels=("cause", "upstream"),
         )
         drops.add_metric(("gateway", ""), self._gateway.dropped)
+        drops.add_metric(("loop_lag", ""), self._gateway.refused_late)
         for name, pool in self._pools.items():
             drops.add_metric(("upstream", name), pool.bulkhead.dropped)
         yield drops

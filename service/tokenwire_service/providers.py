@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -339,10 +340,16 @@ def _any(models: re.Pattern[str], names: tuple[str, ...]) -> bool:
     return any(models.match(name.rpartition("/")[2]) for name in names)
 
 
+@lru_cache(maxsize=256)  # the few addresses that are configured are asked for by every call
+def _place(base_url: str) -> tuple[str, str]:
+    """Host and path of an address."""
+    parts = urlsplit(base_url)
+    return parts.hostname or "", f"{parts.path}/"
+
+
 def _at(base_url: str, known: Sequence[tuple[str, str, str]]) -> str:
     """Whose address it is; "" for nobody's."""
-    parts = urlsplit(base_url)
-    host, path = parts.hostname or "", f"{parts.path}/"
+    host, path = _place(base_url)
     for wanted, below, name in known:
         there = host.endswith(wanted[1:]) if wanted[0] == "*" else host == wanted
         if there and path.startswith(below):

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from tokenwire.v1 import chat_pb2, chat_service_pb2, error_reason_pb2
 from tokenwire_service.errors import TIMER, GatewayError
 from tokenwire_service.folding import Growing
-from tokenwire_service.timer import Within
+from tokenwire_service.timer import Alarm
 
 StreamChatResponse = chat_service_pb2.StreamChatResponse
 Snapshot = chat_service_pb2.Snapshot
@@ -56,6 +56,7 @@ class Outbox:
         self._now = now
         self._heartbeat = heartbeat
         self._relayed = relayed
+        self._alarm = Alarm(now)
         self._writable = True  # not while a write is under way, nor after one that broke off
         self._pending: list[StreamChatResponse] = []
         self._joined_bytes = 0  # of the last one
@@ -74,22 +75,22 @@ class Outbox:
             return self._flush_at
         return min(self._flush_at, self._written_at + self._heartbeat)
 
-    async def send(self, events: Iterable[StreamChatResponse]) -> None:
-        """Takes what arrived; writes it now, or at most `max_delay` later."""
-        deltas, begun = 0, self.first_delta_at is not None
+    async def send(self, events: Iterable[StreamChatResponse], pieces: int = 1) -> None:
+        """Takes what arrived; writes it now, or at most `max_delay` later. `pieces`: of how many
+        the upstream's deltas in it were made."""
+        begun = self.first_delta_at is not None
         for event in events:
             if event.WhichOneof("event") == "delta":
-                deltas += 1
                 self.delivered_bytes += text_bytes(event.delta)
             self._queue(event)
         if self.first_delta_at is None:
             return
-        if self._relayed is not None and deltas:
+        if self._relayed is not None and pieces:
             now = self._now()
             if begun:
-                self._relayed(deltas, None, now - self._delta_at)
+                self._relayed(pieces, None, now - self._delta_at)
             else:
-                self._relayed(deltas, self.first_delta_at - self._started, None)
+                self._relayed(pieces, self.first_delta_at - self._started, None)
             self._delta_at = now
         if self._max_delay <= 0 or not self.committed or self._held_bytes >= _HOLD_BYTES:
             await self.flush()
@@ -139,6 +140,10 @@ class Outbox:
         for index in sorted(self._snapshots):
             await self._put(self._snapshot(index, _state(error)))
 
+    def close(self) -> None:
+        """Nothing more is written."""
+        self._alarm.close()
+
     async def flush(self) -> None:
         """Writes everything that is held."""
         self._flush_at = math.inf
@@ -153,12 +158,11 @@ class Outbox:
 
     async def _send(self, message: StreamChatResponse) -> None:
         self._writable = False
-        timer = Within(self._write_timeout)
         try:
-            async with timer:
+            with self._alarm.until(self._now() + self._write_timeout):
                 await self._write(message)
         except TimeoutError:
-            if not timer.expired():
+            if not self._alarm.expired:
                 raise
             raise GatewayError(
                 error_reason_pb2.ERROR_REASON_CALLER_STALLED,
@@ -240,7 +244,7 @@ def text_bytes(delta: chat_service_pb2.Delta) -> int:
     texts = [delta.content, delta.reasoning, delta.refusal]
     for part in delta.tool_calls:
         texts += [part.name, part.arguments]
-    return sum(len(text.encode()) for text in texts)
+    return sum(len(text if text.isascii() else text.encode()) for text in texts)
 
 
 def _join(last: StreamChatResponse, event: StreamChatResponse) -> bool:

@@ -126,8 +126,7 @@ class Scrubber:
         """`text` with `***` in place of every secret."""
         for form in self._short:
             text = text.replace(form, "***")
-        places = range(0, len(text) - _PROBE + 1, _STRIDE)
-        if not any(text[at : at + _PROBE] in self._probes for at in places):
+        if not self._may_hold(text):
             return text  # as nearly every text of a log
         kept: list[str] = []
         end = 0  # of what is kept or replaced already
@@ -137,6 +136,14 @@ class Scrubber:
                     kept += (text[end:at], "***")
                 end = at + _ENOUGH
         return "".join(kept) + text[end:] if kept else text
+
+    def finds(self, text: str) -> bool:
+        """Whether a secret may be in `text`; quick, and right wherever it says no."""
+        return self._may_hold(text) or any(form in text for form in self._short)
+
+    def _may_hold(self, text: str) -> bool:
+        places = range(0, len(text) - _PROBE + 1, _STRIDE)
+        return not self._probes.isdisjoint([text[at : at + _PROBE] for at in places])
 
 
 def _windows(text: str) -> range:

@@ -25,7 +25,6 @@ from tokenwire_service.interceptors import (
     internal_error,
     rpc_status,
 )
-from tokenwire_service.layouts import estimate
 from tokenwire_service.quotas import Grant
 from tokenwire_service.relay import refusal
 from tokenwire_service.tokens import TokenCounter, tokenizer_for
@@ -301,7 +300,7 @@ async def reserved(call: Call, context: CallContext) -> Reserved:
     if context.tenant.counts_tokens:
         params = call.chat.params
         answer = params.max_completion_tokens * max(1, params.choice_count)
-        cost = estimate(call.chat, 0).prompt_tokens + answer
+        cost = call.prompt_tokens + answer
     return Reserved(cost, await context.tenant.reserve(cost))
 
 

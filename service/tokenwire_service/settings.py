@@ -316,6 +316,9 @@ class Limits(Struct, frozen=True, kw_only=True):
     message_bytes: Annotated[int, _size("64KiB", "256MiB")] = 32 * 2**20
     # Chats at once, streams until their end.
     in_flight: Annotated[int, _whole(1, 100_000)] = 1000
+    # How late the event loop may run, on average over half a second, before new chats are refused
+    # with GATEWAY_OVERLOADED, so that those that run keep their pace.
+    loop_lag: Annotated[float, _duration("10ms", "1m")] = 0.5
     # Chats that wait for a slot, at each upstream and at the gateway; the next one hears
     # GATEWAY_OVERLOADED.
     queue: Annotated[int, _whole(0, 100_000)] = 100
@@ -714,11 +717,13 @@ class Config(Struct, frozen=True, kw_only=True):
 
 
 # What takes effect when the file changes while the gateway runs; what is not named here, as it may
-# be new, stays as it is until a restart. docs/configuration.md says the same.
+# be new, stays as it is until a restart. docs/configuration.md says the same, and
+# `tokenwire.restarting` in the chart, where what is named here replaces no pods.
 RELOADED = frozenset(
     {
         "callers",
         "limits.in_flight",
+        "limits.loop_lag",
         "limits.queue",
         "limits.batch_items_at_once",
         "limits.tokenizer_bytes",

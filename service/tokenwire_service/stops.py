@@ -27,6 +27,8 @@ class StopFilter:
 
     def apply(self, events: Sequence[StreamChatResponse]) -> list[StreamChatResponse]:
         """The events, without what must not be seen; deltas that become empty are left out."""
+        if not self._stops:
+            return list(events)
         out: list[StreamChatResponse] = []
         for event in events:
             kind = event.WhichOneof("event")

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Protocol, TextIO
+
+import msgspec
 
 from tokenwire.v1 import chat_pb2, chat_service_pb2
 from tokenwire_service.secret import Scrubber, Secret
@@ -153,11 +156,11 @@ class LogObserver:
 
     def _log(self, level: int, name: str, event: AttemptEvent | CallEvent) -> None:
         if self._logger.isEnabledFor(level):
-            fields = {
-                name: round(value, 4) if isinstance(value, float) else value
-                for name, value in asdict(event).items()
-            }
-            self._logger.log(level, name, extra={"fields": fields})
+            # Not Logger.log, which looks for its caller's line in every frame of the stack.
+            record = self._logger.makeRecord(
+                self._logger.name, level, "", 0, name, (), None, extra={"fields": vars(event)}
+            )
+            self._logger.handle(record)
 
 
 class Observers:
@@ -200,7 +203,10 @@ class LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line. Line breaks in values are escaped, so that no value can forge a line."""
         given: dict[str, object] = getattr(record, "fields", {})
-        fields = {name: self._scrubbed(value) for name, value in given.items() if value is not None}
+        fields, texts = _as_json(given)
+        # One look at all texts together: nearly never is there anything to be found.
+        if self._scrub.finds("\n".join(texts)):
+            fields = {name: self._scrubbed(value) for name, value in fields.items()}
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         at = f"{stamp}.{int(record.msecs):03d}Z"
         message = self._scrub(record.getMessage())
@@ -209,16 +215,48 @@ class LineFormatter(logging.Formatter):
             line = {"time": at, "level": record.levelname.lower(), "event": message, **fields}
             if trace:
                 line["trace"] = trace
-            return _escaped(json.dumps(line, ensure_ascii=False))
+            return _escaped(_dumps(line))
         shown = " ".join(f"{k}={_plain(v)}" for k, v in fields.items() if v not in ("", {}))
         text = _escaped(f"{at} {record.levelname.lower():7} {message} {shown}".rstrip())
         return f"{text}\n{trace}" if trace else text
 
     def _scrubbed(self, value: object) -> object:
-        """`value` as JSON has it: numbers and maps stay what they are, all else is text."""
-        if isinstance(value, Mapping):
-            return {self._scrub(str(name)): self._scrubbed(each) for name, each in value.items()}
-        return value if isinstance(value, int | float) else self._scrub(str(value))
+        if isinstance(value, dict):
+            return {self._scrub(name): self._scrubbed(each) for name, each in value.items()}
+        return self._scrub(value) if isinstance(value, str) else value
+
+
+_encoder = msgspec.json.Encoder()
+
+
+def _as_json(given: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
+    """Fields as JSON has them: numbers and maps stay what they are, all else is text, nothing is
+    left out; and every text that is in them, names of inner maps included."""
+    fields: dict[str, object] = {}
+    texts: list[str] = []
+    for name, value in given.items():
+        if value is None:
+            continue
+        if isinstance(value, str):
+            texts.append(value)
+        elif isinstance(value, float):
+            value = round(value, 4)
+        elif not isinstance(value, int):
+            if isinstance(value, Mapping):
+                value, inner = _as_json({str(each): value[each] for each in value})
+                texts += (*value, *inner)
+            else:
+                value = str(value)
+                texts.append(value)
+        fields[name] = value
+    return fields, texts
+
+
+def _dumps(line: object) -> str:
+    try:
+        return _encoder.encode(line).decode()
+    except (ValueError, OverflowError):  # half a surrogate pair; an integer of more than 64 bits
+        return json.dumps(line, ensure_ascii=False, separators=(",", ":"))
 
 
 def _plain(value: object) -> str:
@@ -229,9 +267,16 @@ def _plain(value: object) -> str:
     return text if text.isprintable() and " " not in text else json.dumps(text, ensure_ascii=False)
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
 def _escaped(line: str) -> str:
     """JSON leaves some line breaks, terminal controls and half surrogates as they are."""
-    if line.isprintable():
+    # str.isprintable looks every character up: 35 us for a line where this takes one.
+    if line.isascii():
+        if not _CONTROL.search(line):
+            return line
+    elif line.isprintable():
         return line
     return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
 

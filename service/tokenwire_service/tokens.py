@@ -93,10 +93,16 @@ class TokenCounter:
     ) -> tuple[int, bool]:
         """(tokens of a call in the layout of its model, whether that is surely their number)."""
         self._check_size(layouts.texts_to_parse(chat), "chat")
-        laid = await self._run(self._chunks, lambda: layouts.lay(tokenizer.layout, chat, turns))
+        laid, proven = await self._run(
+            self._chunks,
+            lambda: (
+                layouts.lay(tokenizer.layout, chat, turns),
+                layouts.is_proven(tokenizer.layout, chat, turns),
+            ),
+        )
         self._check_size(laid.texts, "chat")
         total = await self._count(await self._encoding(tokenizer), laid.texts, "chat")
-        return laid.between + total, laid.proven and tokenizer.proven
+        return laid.between + total, proven and tokenizer.proven
 
     async def tokenize(
         self, tokenizer: Tokenizer, texts: list[str]

@@ -124,30 +124,38 @@ def _conversation(chat: chat_service_pb2.ChatRequest, path: str) -> Iterator[Vio
         return
     for i, message in enumerate(chat.messages):
         yield from _message(message, f"{path}messages[{i}].")
-    params = chat.params
-    yield from _ranges(params, f"{path}params.")
-    if len(params.stop) > 16:
-        yield Violation(
-            f"{path}params.stop", f"got {len(params.stop)} strings, expected at most 16"
-        )
-    for i, stop in enumerate(params.stop):
-        if not 0 < len(stop) <= MAX_STOP_CHARACTERS:
-            expected = f"expected 1 to {MAX_STOP_CHARACTERS} characters"
-            yield Violation(f"{path}params.stop[{i}]", f"got {len(stop)}, {expected}")
-    if params.HasField("top_logprobs") and not params.logprobs:
-        yield Violation(f"{path}params.top_logprobs", "needs params.logprobs")
-    yield from _tools(chat, path)
+    if chat.HasField("params"):
+        yield from _params(chat.params, f"{path}params.")
+    if chat.tools or chat.HasField("tool_choice"):
+        yield from _tools(chat, path)
     for i, template in enumerate(chat.role_templates):
         if not template.role:
             yield Violation(f"{path}role_templates[{i}].role", "missing, expected a role")
-    if chat.response_format.WhichOneof("format") == "json_schema":
-        schema = chat.response_format.json_schema
-        where = f"{path}response_format.json_schema."
+    if chat.HasField("response_format"):
+        yield from _format(chat.response_format, f"{path}response_format.")
+    if chat.labels:
+        yield from _labels(chat, path)
+
+
+def _params(params: chat_pb2.GenerationParams, path: str) -> Iterator[Violation]:
+    yield from _ranges(params, path)
+    if len(params.stop) > 16:
+        yield Violation(f"{path}stop", f"got {len(params.stop)} strings, expected at most 16")
+    for i, stop in enumerate(params.stop):
+        if not 0 < len(stop) <= MAX_STOP_CHARACTERS:
+            expected = f"expected 1 to {MAX_STOP_CHARACTERS} characters"
+            yield Violation(f"{path}stop[{i}]", f"got {len(stop)}, {expected}")
+    if params.HasField("top_logprobs") and not params.logprobs:
+        yield Violation(f"{path}top_logprobs", "needs params.logprobs")
+
+
+def _format(wanted: chat_pb2.ResponseFormat, path: str) -> Iterator[Violation]:
+    if wanted.WhichOneof("format") == "json_schema":
+        schema = wanted.json_schema
         if not schema.name:
-            yield Violation(f"{where}name", "missing, expected a name")
+            yield Violation(f"{path}json_schema.name", "missing, expected a name")
         if not schema.schema_json:
-            yield Violation(f"{where}schema_json", "missing, expected a JSON Schema")
-    yield from _labels(chat, path)
+            yield Violation(f"{path}json_schema.schema_json", "missing, expected a JSON Schema")
 
 
 def _message(message: chat_pb2.ChatMessage, path: str) -> Iterator[Violation]:

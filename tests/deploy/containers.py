@@ -148,9 +148,8 @@ class Engine:
             yield Container(self, f"{pod}-{container}")
         finally:
             self.podman("pod", "rm", "--force", "--time", "0", pod, check=False)
-            for kind in ("volume", "secret"):
-                for name in self.podman(kind, "ls", "--format", "{{.Name}}").splitlines():
-                    self.podman(kind, "rm", name, check=False)
+            for name in self.podman("volume", "ls", "--format", "{{.Name}}").splitlines():
+                self.podman("volume", "rm", name, check=False)
 
 
 @dataclass(frozen=True)

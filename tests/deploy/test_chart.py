@@ -6,15 +6,18 @@ import copy
 import filecmp
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import trustme
 import yaml
 
 from deploy.tools import CHART, ROOT, answered, kube_score, program, rendered, run, tool
+from tokenwire_service import __version__
 from tokenwire_service.config import Config, check
 from tokenwire_service.settings import RELOADED
 
@@ -46,10 +49,14 @@ def pod_of(manifests: dict[str, str]) -> dict[str, Any]:
     return pod
 
 
+PRODUCTION = yaml.safe_load((CHART.parent / "values.production.yaml").read_text())
+
+
 @pytest.fixture(scope="module")
-def both() -> list[dict[str, str]]:
-    """With the default values, and with all that can be switched on."""
-    return rendered({}, ON)
+def every() -> list[dict[str, str]]:
+    """With the default values, with all that can be switched on, and as the example for production
+    has it."""
+    return rendered({}, ON, PRODUCTION)
 
 
 # --- it is what Kubernetes takes --------------------------------------------------------
@@ -60,7 +67,7 @@ def test_helm_finds_nothing_to_complain_of() -> None:
         "import helm_python.chart as chart, json, sys;"
         "json.dump(chart.lint(sys.argv[1], json.load(sys.stdin), strict=True), sys.stdout)"
     )
-    for values in ({}, ON):
+    for values in ({}, ON, PRODUCTION):
         report = json.loads(run(tool("python"), "-c", lint, CHART, stdin=json.dumps(values)))
         told = [message["error"] for message in report["messages"]]
         assert report["errors"] == []
@@ -68,11 +75,11 @@ def test_helm_finds_nothing_to_complain_of() -> None:
 
 
 def test_every_object_fits_the_schemas_of_kubernetes(
-    both: list[dict[str, str]], tmp_path: Path
+    every: list[dict[str, str]], tmp_path: Path
 ) -> None:
     validate = tool("kubernetes-validate")
     files = []
-    for number, manifests in enumerate(both):
+    for number, manifests in enumerate(every):
         for one in objects(manifests):
             if one["kind"] not in FOREIGN:
                 path = tmp_path / f"{number}-{one['kind']}-{one['metadata']['name']}.yaml"
@@ -81,7 +88,7 @@ def test_every_object_fits_the_schemas_of_kubernetes(
     versions = [part for version in VERSIONS for part in ("-k", version)]
     said = run(validate, "--strict", *versions, *files)
     assert said.count(" passed ") == len(files) * len(VERSIONS)
-    kinds = {one["kind"] for one in objects(both[1])}
+    kinds = {one["kind"] for one in objects(every[1])}
     assert kinds >= FOREIGN | {"HorizontalPodAutoscaler", "NetworkPolicy"}
 
 
@@ -92,8 +99,8 @@ _NOT_KEPT = {
 }
 
 
-def test_kube_score_finds_nothing(both: list[dict[str, str]], tmp_path: Path) -> None:
-    for number, manifests in enumerate(both):
+def test_kube_score_finds_nothing(every: list[dict[str, str]], tmp_path: Path) -> None:
+    for number, manifests in enumerate(every):
         path = tmp_path / f"{number}.yaml"
         path.write_text(yaml.safe_dump_all(objects(manifests)))
         ignored = [part for name in sorted(_NOT_KEPT) for part in ("--ignore-test", name)]
@@ -109,8 +116,8 @@ def test_kube_score_finds_nothing(both: list[dict[str, str]], tmp_path: Path) ->
         assert said.count("[OK] tokenwire apps/v1/Deployment") >= 10
 
 
-def test_pods_keep_the_restricted_standard(both: list[dict[str, str]]) -> None:
-    for manifests in both:
+def test_pods_keep_the_restricted_standard(every: list[dict[str, str]]) -> None:
+    for manifests in every:
         spec = pod_of(manifests)["spec"]
         assert not spec.keys() & {"hostNetwork", "hostPID", "hostIPC", "initContainers"}
         assert {kind for volume in spec["volumes"] for kind in volume} == {
@@ -133,8 +140,8 @@ def test_pods_keep_the_restricted_standard(both: list[dict[str, str]]) -> None:
         assert "memory" in container["resources"]["limits"]
 
 
-def test_what_names_another_object_finds_it(both: list[dict[str, str]]) -> None:
-    for manifests in both:
+def test_what_names_another_object_finds_it(every: list[dict[str, str]]) -> None:
+    for manifests in every:
         everything = objects(manifests)
         named = {(one["kind"], one["metadata"]["name"]) for one in everything}
         pod = pod_of(manifests)
@@ -181,8 +188,12 @@ def test_what_names_another_object_finds_it(both: list[dict[str, str]]) -> None:
         probes = [
             container[f"{name}Probe"]["grpc"] for name in ("startup", "readiness", "liveness")
         ]
-        assert {probe["port"] for probe in probes} == {50051}
         assert len({probe["service"] for probe in probes}) == 3
+
+
+def test_the_chart_is_of_the_gateways_version() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["appVersion"] == chart["version"] == __version__
 
 
 def test_one_service_has_an_address_and_one_is_for_clients_that_balance() -> None:
@@ -196,13 +207,15 @@ def test_one_service_has_an_address_and_one_is_for_clients_that_balance() -> Non
 
 
 def test_alerts_and_dashboard_are_those_of_the_monitoring_folder(
-    both: list[dict[str, str]],
+    every: list[dict[str, str]],
 ) -> None:
     folder = ROOT / "deploy/monitoring"
     rules = yaml.safe_load((folder / "rules.yaml").read_text())
-    assert only(both[1], "PrometheusRule")["spec"] == rules
+    assert only(every[1], "PrometheusRule")["spec"] == rules
     (dashboard,) = [
-        one for one in objects(both[1]) if one["metadata"]["labels"].get("grafana_dashboard") == "1"
+        one
+        for one in objects(every[1])
+        if one["metadata"]["labels"].get("grafana_dashboard") == "1"
     ]
     shown = json.loads(dashboard["data"]["tokenwire.json"])
     assert shown == json.loads((folder / "grafana-dashboard.json").read_text())
@@ -211,23 +224,25 @@ def test_alerts_and_dashboard_are_those_of_the_monitoring_folder(
 # --- values -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("drain", "seconds"),
-    [
-        (None, 5 + 120 + 10),
-        ({}, 5 + 120 + 10),
-        ({"grace": "10m"}, 5 + 600 + 10),
-        ({"propagation": "0s", "grace": "0s"}, 10),
-        ({"propagation": "1m30s", "grace": "1h"}, 90 + 3600 + 10),
-        ({"propagation": "500ms", "grace": "1.2s"}, 2 + 10),
-    ],
-)
-def test_the_kill_comes_after_the_drain(drain: dict[str, str] | None, seconds: int) -> None:
-    config = yaml.safe_dump({"drain": drain} if drain is not None else {"reflection": False})
-    (manifests,) = rendered({"config": config})
-    assert pod_of(manifests)["spec"]["terminationGracePeriodSeconds"] == seconds
-    scale_down = only(manifests, "HorizontalPodAutoscaler")["spec"]["behavior"]["scaleDown"]
-    assert scale_down["policies"][0]["periodSeconds"] == min(seconds, 1800)
+DRAINS: list[tuple[dict[str, str] | None, int]] = [
+    (None, 5 + 120 + 10),
+    ({}, 5 + 120 + 10),
+    ({"grace": "10m"}, 5 + 600 + 10),
+    ({"propagation": "0s", "grace": "0s"}, 10),
+    ({"propagation": "1m30s", "grace": "1h"}, 90 + 3600 + 10),
+    ({"propagation": "500ms", "grace": "1.2s"}, 2 + 10),
+]
+
+
+def test_the_kill_comes_after_the_drain() -> None:
+    configs = [
+        {"drain": drain} if drain is not None else {"reflection": False} for drain, _ in DRAINS
+    ]
+    answers = rendered(*({"config": yaml.safe_dump(config)} for config in configs))
+    for (_, seconds), manifests in zip(DRAINS, answers, strict=True):
+        assert pod_of(manifests)["spec"]["terminationGracePeriodSeconds"] == seconds
+        scale_down = only(manifests, "HorizontalPodAutoscaler")["spec"]["behavior"]["scaleDown"]
+        assert scale_down["policies"][0]["periodSeconds"] == min(seconds, 1800)
 
 
 def test_without_a_drain_in_the_file_the_chart_reckons_with_the_gateways_own() -> None:
@@ -251,10 +266,8 @@ def test_pods_are_replaced_where_the_configuration_needs_a_restart_and_only_ther
     split = {path.partition(".")[0] for path in RELOADED if "." in path}
     fields = {field.name: field.type for field in msgspec.structs.fields(Config)}
     paths = []
-    for name in fields.keys() - {
-        "warnings",
-        "tls",
-    }:  # no setting; one that wants `health` beside it
+    no_case = {"warnings", "tls"}  # no setting; and one that wants `health` beside it
+    for name in fields.keys() - no_case:
         below = msgspec.structs.fields(fields[name]) if name in split else ()
         paths += [f"{name}.{field.name}" for field in below] or [name]
     assert set(paths) >= RELOADED
@@ -266,7 +279,8 @@ def test_pods_are_replaced_where_the_configuration_needs_a_restart_and_only_ther
     ]
     answers = [checksum(manifests) for manifests in rendered(*values)]
     pairs = zip(paths, answers[::2], answers[1::2], strict=True)
-    assert {path for path, one, other in pairs if one == other} == RELOADED
+    kept = {path for path, one, other in pairs if one == other}
+    assert kept == RELOADED, "`tokenwire.restarting` in the chart's _helpers.tpl names others"
 
 
 def test_ports_and_protocol_follow_the_configuration() -> None:
@@ -275,12 +289,13 @@ def test_ports_and_protocol_follow_the_configuration() -> None:
         health: {listen: "0.0.0.0:50054"}
         metrics: {listen: "0.0.0.0:9999"}
     """
-    for config, probed, protocol, metrics in (
+    cases = [
         ("{}", 50051, "kubernetes.io/h2c", []),
         (secured, 50054, "https", [9999]),
         ('{metrics: {listen: "off"}, health: {listen: "off"}}', 50051, "kubernetes.io/h2c", []),
-    ):
-        (manifests,) = rendered({"config": config})
+    ]
+    answers = rendered(*({"config": config} for config, *_ in cases))
+    for (_, probed, protocol, metrics), manifests in zip(cases, answers, strict=True):
         (container,) = pod_of(manifests)["spec"]["containers"]
         for name in ("startup", "readiness", "liveness"):
             assert container[f"{name}Probe"]["grpc"]["port"] == probed
@@ -295,50 +310,49 @@ def test_ports_and_protocol_follow_the_configuration() -> None:
         assert opened == list(ports)
 
 
-@pytest.mark.parametrize(
-    ("config", "ports"),
-    [
-        ("{}", [443]),
-        ("upstreams: {a: {base_url: https://a/v1}, b: {base_url: https://b/v1}}", [443]),
-        ('upstreams: {a: {base_url: "http://vllm.llm.svc:8000/v1"}}', [8000]),
-        (
-            'upstreams: {a: {base_url: "http://[fd00::1]:81"}, b: {base_url: "http://[fd00::1]"}}',
-            [81, 80],
-        ),
-        ('upstreams: {a: {base_url: "https://a", proxy: "http://proxy:3128"}}', [443, 3128]),
-        ('{otlp: {endpoint: "http://collector:4317"}}', [4317, 443]),
-        ('{redis: {url: "redis://redis"}}', [6379, 443]),
-        ('{redis: {url: "rediss://redis:6380/1"}}', [6380, 443]),
-        ('{redis: {url: "unix:/run/redis.sock"}}', [443]),
-    ],
-)
-def test_the_way_out_is_open_to_what_the_configuration_names(config: str, ports: list[int]) -> None:
-    (manifests,) = rendered({"config": config})
-    dns, called = only(manifests, "NetworkPolicy")["spec"]["egress"]
-    assert [port["port"] for port in dns["ports"]] == [53, 53]
-    assert [port["port"] for port in called["ports"]] == ports
-    cloud = [to["ipBlock"].get("except") for to in called["to"] if "ipBlock" in to]
-    assert cloud == [["169.254.169.254/32"], None]
+CALLED = [
+    ("{}", [443]),
+    ("upstreams: {a: {base_url: https://a/v1}, b: {base_url: https://b/v1}}", [443]),
+    ('upstreams: {a: {base_url: "http://vllm.llm.svc:8000/v1"}}', [8000]),
+    (
+        'upstreams: {a: {base_url: "http://[fd00::1]:81"}, b: {base_url: "http://[fd00::1]"}}',
+        [81, 80],
+    ),
+    ('upstreams: {a: {base_url: "https://a", proxy: "http://proxy:3128"}}', [443, 3128]),
+    ('{otlp: {endpoint: "http://collector:4317"}}', [4317, 443]),
+    ('{redis: {url: "redis://redis"}}', [6379, 443]),
+    ('{redis: {url: "rediss://redis:6380/1"}}', [6380, 443]),
+    ('{redis: {url: "unix:/run/redis.sock"}}', [443]),
+]
 
 
-@pytest.mark.parametrize(
-    ("values", "told"),
-    [
-        ({"replica": 2}, "replica"),
-        ({"port": "grpc"}, "port"),
-        ({"config": {"upstreams": {}}}, "config"),
-        ({"image": {"digest": "latest"}}, "digest"),
-        ({"secretMounts": [{"secret": "s", "path": "relative"}]}, "path"),
-        ({"config": "drain: {grace: forever}"}, "config.drain: got forever"),
-        ({"config": "drain: ["}, "config: not YAML"),
-        ({"config": "tls: {certificate: a, key: b}"}, "config: with tls it needs health"),
-        ({"config": "{}", "monitoring": {"enabled": True}}, "monitoring.enabled: config opens no"),
-        ({"autoscaling": {"cpuPerPod": ""}}, "neither cpuPerPod nor inFlight"),
-    ],
-)
-def test_a_wrong_value_is_refused_and_named(values: dict[str, Any], told: str) -> None:
-    (answer,) = answered(values)
-    assert told in answer["error"]
+def test_the_way_out_is_open_to_what_the_configuration_names() -> None:
+    answers = rendered(*({"config": config} for config, _ in CALLED))
+    for (config, ports), manifests in zip(CALLED, answers, strict=True):
+        dns, called = only(manifests, "NetworkPolicy")["spec"]["egress"]
+        assert [port["port"] for port in dns["ports"]] == [53, 53]
+        assert [port["port"] for port in called["ports"]] == ports, config
+        cloud = [to["ipBlock"].get("except") for to in called["to"] if "ipBlock" in to]
+        assert cloud == [["169.254.169.254/32"], None]
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"replica": 2}, "replica"),
+    ({"port": "grpc"}, "port"),
+    ({"config": {"upstreams": {}}}, "config"),
+    ({"image": {"digest": "latest"}}, "digest"),
+    ({"secretMounts": [{"secret": "s", "path": "relative"}]}, "path"),
+    ({"config": "drain: {grace: forever}"}, "config.drain: got forever"),
+    ({"config": "drain: ["}, "config: not YAML"),
+    ({"config": "tls: {certificate: a, key: b}"}, "config: with tls it needs health"),
+    ({"config": "{}", "monitoring": {"enabled": True}}, "monitoring.enabled: config opens no"),
+    ({"autoscaling": {"cpuPerPod": ""}}, "neither cpuPerPod nor inFlight"),
+]
+
+
+def test_a_wrong_value_is_refused_and_named() -> None:
+    for (values, told), answer in zip(WRONG, answered(*(v for v, _ in WRONG)), strict=True):
+        assert told in answer["error"], values
 
 
 def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -417,6 +431,21 @@ def test_every_value_makes_a_difference() -> None:
     assert schema["properties"].keys() - {"global"} == defaults.keys()
 
 
+def test_the_page_shows_the_route_that_the_chart_makes() -> None:
+    page = (ROOT / "docs/kubernetes.md").read_text()
+    (shown,) = [
+        yaml.safe_load(block)
+        for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+        if "GRPCRoute" in block
+    ]
+    (manifests,) = rendered({"grpcRoute": {"enabled": True, "hostnames": ["llm.example.com"]}})
+    route = only(manifests, "GRPCRoute")
+    for match in route["spec"]["rules"][0]["matches"]:
+        assert match["method"].pop("type") == "Exact"  # the default
+    del route["metadata"]["labels"]
+    assert shown == route
+
+
 def test_the_page_tells_of_every_value() -> None:
     defaults = yaml.safe_load((CHART / "values.yaml").read_text())
     page = (ROOT / "docs/kubernetes.md").read_text()
@@ -426,36 +455,45 @@ def test_the_page_tells_of_every_value() -> None:
 # --- the gateway takes what it is given -------------------------------------------------
 
 
-def summary(config: str, keys: str, folder: Path) -> tuple[int, str]:
-    """What `tokenwire check-config` says, with files of keys in place of mounted Secrets."""
-    mounted = folder / "keys"
-    mounted.mkdir()
-    for name in ("openai", "local"):
-        (mounted / name).write_text("sk-test-abcdefgh\n")
+def summary(config: str, folder: Path) -> tuple[int, str]:
+    """What `tokenwire check-config` says, with files in place of mounted Secrets."""
+    for name in ("keys/openai", "keys/local", "callers/search", "callers/billing"):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"sk-test-{path.name}\n")
+    leaf = trustme.CA().issue_cert("localhost")
+    (folder / "tls").mkdir()
+    leaf.private_key_pem.write_to_path(folder / "tls/tls.key")
+    leaf.cert_chain_pems[0].write_to_path(folder / "tls/tls.crt")
     path = folder / "tokenwire.yaml"
-    path.write_text(config.replace(keys, str(mounted)))
+    path.write_text(config.replace("/etc/tokenwire", str(folder)))
     said = io.StringIO()
-    return check(path, {}, said), said.getvalue()
+    variables = {"VLLM_API_KEY": "sk-test-vllm", "REDIS_PASSWORD": "secret"}
+    return check(path, variables, said), said.getvalue()
 
 
-def test_the_configuration_passes_check_config(both: list[dict[str, str]], tmp_path: Path) -> None:
+def test_the_configuration_passes_check_config(every: list[dict[str, str]], tmp_path: Path) -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text())
-    data = only(both[0], "ConfigMap")["data"]
+    data = only(every[0], "ConfigMap")["data"]
     assert data.keys() == {"tokenwire.yaml"}
     assert data["tokenwire.yaml"].strip() == values["config"].strip()
-    code, said = summary(data["tokenwire.yaml"], values["secretMounts"][0]["path"], tmp_path)
+    code, said = summary(data["tokenwire.yaml"], tmp_path)
     assert code == 0, said
-    (container,) = pod_of(both[0])["spec"]["containers"]
+    (container,) = pod_of(every[0])["spec"]["containers"]
     variables = {variable["name"]: variable["value"] for variable in container["env"]}
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert variables["TOKENWIRE_CONFIG"] == f"{mounts['config']}/tokenwire.yaml"
     assert mounts["secret-0"] == values["secretMounts"][0]["path"]
 
 
-def test_the_examples_configuration_passes_check_config(tmp_path: Path) -> None:
-    text = (ROOT / "deploy/kustomize/example/tokenwire.yaml").read_text()
-    code, said = summary(text, "/etc/tokenwire/keys", tmp_path)
-    assert code == 0, said
+def test_the_examples_configurations_pass_check_config(tmp_path: Path) -> None:
+    example = (ROOT / "deploy/kustomize/example/tokenwire.yaml").read_text()
+    for number, text in enumerate((example, PRODUCTION["config"])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        code, said = summary(text, folder)
+        assert code == 0, said
+        assert "warning" not in said
 
 
 # --- kustomize --------------------------------------------------------------------------

@@ -7,13 +7,16 @@ import json
 import os
 import re
 import socket
-from base64 import b64encode
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import grpc
 import pytest
+import trustme
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -35,7 +38,7 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 HELLO = tokenizer_service_pb2.TokenizeRequest(model="gpt-4o", texts=["hello world"])
 # Longer than the rest of the suite's: a build on a busy machine takes a minute.
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +109,13 @@ def test_it_says_what_it_is(engine: Engine, image: str) -> None:
     assert len(known["RootFS"]["Layers"]) == 1
 
 
+def test_the_page_states_its_size(engine: Engine, image: str) -> None:
+    (stated,) = re.findall(
+        r"(\d+) MB \(\d+ MB to pull\)", (ROOT / "docs/kubernetes.md").read_text()
+    )
+    assert engine.image(image)["Size"] / 1e6 == pytest.approx(int(stated), rel=0.1)
+
+
 def test_nothing_in_it_can_be_started_but_python(engine: Engine, image: str) -> None:
     with engine.files(image) as root:
         files = [path for path in root.rglob("*") if path.is_file() and not path.is_symlink()]
@@ -157,31 +167,63 @@ async def test_it_serves_without_rights_network_or_a_place_to_write(
         assert gateway.event("stopped")["cut_short"] is False
 
 
+@dataclass
+class Pod:
+    """The chart's Deployment as a Pod on this machine, its upstream the simulator of the tests."""
+
+    gateway: Container
+    spec: dict[str, Any]  # what the chart says of the container
+    authority: trustme.CA  # that vouches for its certificate
+    metrics: str  # URL
+
+    async def probed(self) -> dict[str, int]:
+        """What its probes are told, asked as Kubernetes does: in plaintext."""
+        told = {}
+        for name in ("startup", "readiness", "liveness"):
+            probe = self.spec[f"{name}Probe"]["grpc"]
+            asked = health_pb2.HealthCheckRequest(service=probe["service"])
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{probe['port']}") as channel:
+                told[name] = (await health_pb2_grpc.HealthStub(channel).Check(asked)).status
+        return told
+
+
+def free_ports(number: int) -> list[int]:
+    with ExitStack() as stack:
+        taken = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
+        return [one.getsockname()[1] for one in taken]
+
+
 @pytest.fixture
-def pod(
-    engine: Engine, image: str, simulator: Simulated
-) -> Iterator[tuple[Container, dict[str, Any]]]:
-    """The chart's Deployment as a Pod on this machine, its upstream the simulator of the tests; and
-    what the chart says of its container."""
+def pod(engine: Engine, image: str, simulator: Simulated) -> Iterator[Pod]:
+    port, health, metrics = free_ports(3)
+    mounts = {"tokenwire-keys": "/etc/tokenwire/keys", "tokenwire-tls": "/etc/tokenwire/tls"}
     config = {
+        "tls": {
+            "certificate": f"{mounts['tokenwire-tls']}/tls.crt",
+            "key": f"{mounts['tokenwire-tls']}/tls.key",
+        },
+        "health": {"listen": f"127.0.0.1:{health}"},
+        "metrics": {"listen": f"127.0.0.1:{metrics}"},
+        # Neither is there, which holds nothing up; what would speak with them is in the image.
+        "otlp": {"endpoint": "http://127.0.0.1:9"},
+        "redis": {"url": "redis://127.0.0.1:9", "on_failure": "open"},
         "upstreams": {
             "test": {
                 "base_url": simulator[1],
-                "keys": [{"file": "/etc/tokenwire/keys/test"}],
+                "keys": [{"file": f"{mounts['tokenwire-keys']}/test"}],
                 "passthrough": True,
             }
         },
         "drain": {"propagation": "1s", "grace": "20s"},
         "admin": {"listen": "off"},
     }
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     (manifests,) = rendered(
         {
             "image": {"repository": IMAGE, "tag": image.rpartition(":")[2], "pullPolicy": "Never"},
             "config": json.dumps(config),
             "port": port,
             "listenHost": "127.0.0.1",
+            "secretMounts": [{"secret": name, "path": path} for name, path in mounts.items()],
         }
     )
     (deployment,) = yaml.safe_load_all(manifests["deployment.yaml"])
@@ -190,53 +232,49 @@ def pod(
     (container,) = spec["containers"]
     del container["ports"]  # podman maps none into the machine's own network
     for volume in spec["volumes"]:
-        for source in ("secret", "configMap"):
-            if source in volume:
-                volume[source]["optional"] = False  # the default, which podman 4.3 wants to hear
-    secret = {
-        "apiVersion": "v1",
-        "kind": "Secret",
-        "metadata": {"name": "tokenwire-keys"},
-        "data": {"test": b64encode(b"sk-test-k1").decode()},
+        # podman 4.3 mounts Secrets without decoding them, and wants to hear the default.
+        if secret := volume.pop("secret", None):
+            volume["configMap"] = {"name": secret["secretName"]}
+        volume["configMap"]["optional"] = False
+    authority = trustme.CA()
+    leaf = authority.issue_cert("localhost", "127.0.0.1")
+    secrets = {
+        "tokenwire-keys": {"test": "sk-test-k1"},
+        "tokenwire-tls": {
+            "tls.crt": leaf.cert_chain_pems[0].bytes().decode(),
+            "tls.key": leaf.private_key_pem.bytes().decode(),
+        },
     }
-    parts = (manifests["configmap.yaml"], yaml.safe_dump(secret), yaml.safe_dump(deployment))
+    parts = [manifests["configmap.yaml"], yaml.safe_dump(deployment)]
+    for name, data in secrets.items():
+        given = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": data}
+        parts.insert(0, yaml.safe_dump(given))
     with engine.playing("---\n".join(parts), "tokenwire-pod-0", "tokenwire") as played:
-        yield played, container
+        yield Pod(played, container, authority, f"http://127.0.0.1:{metrics}/metrics")
 
 
-async def test_the_charts_pod_serves_and_leaves_as_its_probes_say(
-    pod: tuple[Container, dict[str, Any]],
-) -> None:
-    gateway, container = pod
-    known = gateway.inspect()
+async def test_the_charts_pod_serves_and_leaves_as_its_probes_say(pod: Pod) -> None:
+    address = pod.gateway.event("serving")["address"]
+    known = pod.gateway.inspect()
     assert known["HostConfig"]["ReadonlyRootfs"] is True
     assert known["EffectiveCaps"] in (None, [])
     assert known["Config"]["User"] == "65532:65532"
+    assert set((await pod.probed()).values()) == {SERVING}
 
-    async with grpc.aio.insecure_channel(gateway.event("serving")["address"]) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
-
-        async def probed() -> dict[str, int]:
-            return {
-                name: (
-                    await health.Check(
-                        health_pb2.HealthCheckRequest(
-                            service=container[f"{name}Probe"]["grpc"]["service"]
-                        )
-                    )
-                ).status
-                for name in ("startup", "readiness", "liveness")
-            }
-
-        assert await probed() == {"startup": SERVING, "readiness": SERVING, "liveness": SERVING}
-        readiness = container["readinessProbe"]["grpc"]["service"]
-        watch = health.Watch(health_pb2.HealthCheckRequest(service=readiness))
+    credentials = grpc.ssl_channel_credentials(pod.authority.cert_pem.bytes())
+    async with grpc.aio.secure_channel(address, credentials) as channel:
+        readiness = pod.spec["readinessProbe"]["grpc"]["service"]
+        watch = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(service=readiness)
+        )
         assert (await watch.read()).status == SERVING
         chat = chat_service_pb2_grpc.ChatServiceStub(channel)
         stream = await begun(chat.StreamChat(stream_request(paced(300))))
-        stopped = asyncio.create_task(asyncio.to_thread(gateway.terminated))
+        async with aiohttp.ClientSession() as session, session.get(pod.metrics) as scraped:
+            assert "tokenwire_in_flight_calls 1.0" in await scraped.text()
+        stopped = asyncio.create_task(asyncio.to_thread(pod.gateway.terminated))
         assert (await watch.read()).status == NOT_SERVING
-        drained = await probed()
+        drained = await pod.probed()
         assert (drained["readiness"], drained["liveness"]) == (NOT_SERVING, SERVING)
         received = await stream
     assert received.failure is None

@@ -68,8 +68,12 @@ CASES: dict[str, tuple[Series, Series]] = {
         rpcs(failing="0+0x60", reason="UPSTREAM_STREAM_INTERRUPTED"),
     ),
     "TokenwireDropping": (
-        {'tokenwire_drops_total{queue="gateway",upstream=""}': "0+1x60"},
-        {'tokenwire_drops_total{queue="gateway",upstream=""}': "5x60"},
+        {'tokenwire_drops_total{cause="gateway",upstream=""}': "0+1x60"},
+        {'tokenwire_drops_total{cause="gateway",upstream=""}': "5x60"},
+    ),
+    "TokenwireLoopLate": (
+        {"tokenwire_loop_lag_seconds": "0.2x60"},
+        {"tokenwire_loop_lag_seconds": "0.01x60"},
     ),
     "TokenwireNearlyFull": (
         {"tokenwire_in_flight_calls": "95x60", "tokenwire_slots": "100x60"},
@@ -97,6 +101,7 @@ CASES: dict[str, tuple[Series, Series]] = {
             'tokenwire_otlp_spans_total{outcome="sent"}': "0+1x60",
         },
     ),
+    "TokenwireRedisAway": ({"tokenwire_redis_away": "1x60"}, {"tokenwire_redis_away": "0x60"}),
     "TokenwireDrainStuck": ({"tokenwire_draining": "1x60"}, {"tokenwire_draining": "0x20 1x40"}),
     "TokenwireFewFilesLeft": (
         {"process_open_fds": "900x60", "process_max_fds": "1000x60"},

@@ -62,8 +62,8 @@ MUTANTS = (
     ),
     Mutant(
         "a header alone commits nothing",
-        "            return\n        if self._relayed is not None and deltas:",
-        "            pass\n        if self._relayed is not None and deltas and begun:",
+        "            return\n        if self._relayed is not None and pieces:",
+        "            pass\n        if self._relayed is not None and pieces and begun:",
         (RELAY,),
     ),
     Mutant(
@@ -250,8 +250,8 @@ MUTANTS = (
     ),
     Mutant(
         "the least busy key serves",
-        "                load = state.in_flight / state.key.weight",
-        "                load = 0.0",
+        "            ranked.append((unknown, state.in_flight / state.key.weight, served, place))",
+        "            ranked.append((unknown, 0.0, served, place))",
         (RING, MACHINE),
     ),
     Mutant(
@@ -340,9 +340,33 @@ MUTANTS = (
     ),
     Mutant(
         "a caller that does not read is given up",
-        "        timer = Within(self._write_timeout)",
-        "        timer = Within(math.inf)",
+        "            with self._alarm.until(self._now() + self._write_timeout):",
+        "            with self._alarm.until(math.inf):",
         (RELAY,),
+    ),
+    Mutant(
+        "an alarm leaves a cancel of others alone",
+        "if task.uncancel() <= self._before and kind",
+        "if task.uncancel() >= 0 and kind",
+        ("tests/unit/test_timer.py",),
+    ),
+    Mutant(
+        "what has arrived by the time of an alarm was in time",
+        "        elif self._patience:",
+        "        elif False:",
+        ("tests/unit/test_timer.py",),
+    ),
+    Mutant(
+        "a plain piece with a usage goes the long way",
+        "    usage: None = None",
+        "    usage: dict | None = None",
+        ("tests/unit/test_openai_plain.py",),
+    ),
+    Mutant(
+        "half a surrogate pair waits for the other half",
+        "if self._header_sent and not self._lossy and not self.done",
+        "if self._header_sent and not self.done",
+        ("tests/unit/test_openai_plain.py", "tests/corpus/test_plain_pieces.py"),
     ),
     # --- retries ---
     Mutant(
@@ -416,8 +440,8 @@ MUTANTS = (
     # --- slots ---
     Mutant(
         "a slot comes back",
-        "            self._leave()\n\n    async def _enter",
-        "            pass\n\n    async def _enter",
+        "        self._leave()\n\n    async def _enter",
+        "        pass\n\n    async def _enter",
         (ADMISSION,),
     ),
     Mutant(
@@ -561,8 +585,8 @@ MUTANTS = (
     ),
     Mutant(
         "the log is scrubbed",
-        "value if isinstance(value, int | float) else self._scrub(str(value))",
-        "value if isinstance(value, int | float) else str(value)",
+        "return self._scrub(value) if isinstance(value, str) else value",
+        "return value",
         (TELEMETRY, SECRETS),
     ),
     Mutant(
@@ -570,5 +594,37 @@ MUTANTS = (
         '        return "Secret(***)"',
         "        return repr(self.__value)",
         (RING, "tests/unit/test_config.py", SECRETS),
+    ),
+    # --- telemetry ---
+    Mutant(
+        "names that nobody answers for make no series",
+        "        if not answered or len(self._earned) >= self._most",
+        "        if len(self._earned) >= self._most",
+        ("tests/unit/test_labels.py",),
+        quick=True,
+    ),
+    Mutant(
+        "calls that a full queue refuses are counted",
+        "            self.dropped += 1\n            raise FullError",
+        "            raise FullError",
+        ("tests/service/test_metrics.py",),
+    ),
+    Mutant(
+        "each delta but the first of a stream ends a gap",
+        "                self._relayed(pieces, None, now - self._delta_at)",
+        "                self._relayed(pieces, None, None)",
+        ("tests/service/test_metrics.py",),
+    ),
+    Mutant(
+        "upstreams get the trace of their attempt",
+        "                progress.headers = attempt.span.headers\n",
+        "",
+        ("tests/service/test_traceparent.py",),
+    ),
+    Mutant(
+        "a trace that its caller does not record goes on within it",
+        '        if len(found["traceparent"]) == 1:',
+        '        if len(found["traceparent"]) > 1:',
+        ("tests/service/test_traceparent.py",),
     ),
 )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -28,6 +30,7 @@ from harness import (
     until,
     upstream,
 )
+from processes import serve, write_config
 from tokenwire.v1 import model_service_pb2
 from tokenwire_service.config import Limits, Model
 from tokenwire_service.labels import OTHER
@@ -70,7 +73,11 @@ async def scrape(gateway: Stubs, **headers: str) -> Scrape:
 
 
 async def fetch(gateway: Stubs, headers: Mapping[str, str]) -> tuple[str, str]:
-    url = f"http://{gateway.running.metrics}/metrics"
+    return await read(gateway.running.metrics, headers)
+
+
+async def read(address: str, headers: Mapping[str, str]) -> tuple[str, str]:
+    url = f"http://{address}/metrics"
     async with aiohttp.ClientSession() as session, session.get(url, headers=headers) as answer:
         assert answer.status == 200
         return await answer.text(), answer.headers["Content-Type"]
@@ -182,8 +189,8 @@ async def test_slots_queues_and_drops(start: Start) -> None:
     assert found("upstream_in_flight_calls", upstream="test") == 2
     assert found("upstream_slots", upstream="test") == 2
     assert found("upstream_queued_calls", upstream="test") == 1
-    assert found("drops_total", queue="upstream", upstream="test") == 1
-    assert found("drops_total", queue="gateway", upstream="") == 0
+    assert found("drops_total", cause="upstream", upstream="test") == 1
+    assert found("drops_total", cause="gateway", upstream="") == 0
     assert (
         sum(found("key_in_flight_requests", upstream="test", key=key) for key in ("k1", "k2")) == 2
     )
@@ -293,3 +300,35 @@ async def test_a_port_that_is_taken_ends_the_start(start: Start, simulator: Simu
         listen = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ListenError, match=f"{listen} .metrics.listen.: "):
             await start(upstream(simulator[1]), metrics=Metrics(listen=listen))
+
+
+async def test_another_configuration_is_counted_and_takes_effect(
+    simulator: Simulated, tmp_path: Path
+) -> None:
+    top: dict[str, Any] = {"admin": {"listen": "off"}, "metrics": {"listen": "127.0.0.1:0"}}
+    config = write_config(tmp_path, simulator[1], **top)
+    async with serve("--config", config, TEST_KEY="sk-test-number-1") as gateway:
+        serving = gateway.event("serving")
+        assert serving is not None
+
+        async def told() -> Scrape:
+            return Scrape((await read(serving["metrics"], {}))[0])
+
+        found = await told()
+        assert found("config_generation") == 1
+        assert found("config_reload_failures_total") == 0
+        models = {"mine": {"upstream": "test", "upstream_model": "theirs"}}
+        write_config(tmp_path, simulator[1], limits={"in_flight": 7}, models=models, **top)
+        gateway.signal(signal.SIGHUP)
+        while (found := await told())("config_generation") < 2:
+            await asyncio.sleep(0.05)
+        assert found("slots") == 7
+        refused = request(model="mine", extra_body_json=simulate(fault="refused"))
+        await failing(gateway.chat.Chat(refused))
+        found = await told()
+        assert found("attempts_total", upstream="test", model="theirs", outcome="refused") == 1
+        Path(config).write_text("limits: nonsense")
+        gateway.signal(signal.SIGHUP)
+        while (found := await told())("config_reload_failures_total") < 1:
+            await asyncio.sleep(0.05)
+        assert found("config_generation") == 2

@@ -353,6 +353,7 @@ class Answer:
             self._silent_from = random.randint(0, words)
         self._tells_usage = random.random() < 0.5
         self._at = 0
+        self.pieces = 1
         # The first text has a time of its own.
         self._silent_at = world.now() + provider.upstream.timeouts.first_byte
         self._next = self._due()

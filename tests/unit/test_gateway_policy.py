@@ -117,6 +117,7 @@ class Answer:
         self._provider = provider
         self._begun = False
         self.usage: chat_pb2.Usage | None = provider.usage_so_far
+        self.pieces = 1
 
     async def read(self, wake_at: float) -> list[Event] | None:
         while self._script:

@@ -18,6 +18,7 @@ from tokenwire_service.layouts import (
     UNKNOWN,
     Layout,
     as_written,
+    is_proven,
     lay,
 )
 
@@ -25,7 +26,7 @@ Chat = chat_service_pb2.ChatRequest
 
 
 def proven(layout: Layout, chat: Chat) -> bool:
-    return lay(layout, chat, as_written(chat)).proven
+    return is_proven(layout, chat, as_written(chat))
 
 
 @pytest.mark.parametrize(

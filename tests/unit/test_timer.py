@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import math
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from random import Random
 
 import pytest
 import uvloop
+from simulation.vtime import run
 
-from tokenwire_service.timer import Within
+from tokenwire_service.timer import Alarm, Within
 
 
 async def comes_while_blocked(place: str) -> None:
@@ -91,3 +96,101 @@ async def test_a_cancel_is_no_timeout() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+# --- one timer for many waits -----------------------------------------------------------
+
+
+async def alarm_while_blocked(place: str) -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with ours, theirs:
+        reader, writer = await asyncio.open_connection(sock=ours)
+        alarm = Alarm(time.monotonic)
+        threading.Timer(0.05, theirs.send, (b"x",)).start()
+        held_up(place)
+        with alarm.until(time.monotonic() + 0.1):
+            assert await reader.read(1) == b"x"
+        alarm.close()
+        writer.close()
+
+
+@pytest.mark.parametrize("place", ["timer", "socket"])
+@pytest.mark.parametrize("loop", [uvloop.new_event_loop, asyncio.new_event_loop])
+def test_an_alarm_lets_in_what_came_while_the_loop_was_blocked(
+    loop: Callable[[], asyncio.AbstractEventLoop], place: str
+) -> None:
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(alarm_while_blocked(place))
+
+
+def test_an_alarm_ends_each_wait_at_its_own_time() -> None:
+    async def waits(random: Random) -> None:
+        loop = asyncio.get_running_loop()
+        alarm = Alarm(loop.time)
+        for _ in range(300):
+            lasts, patience = random.choice([0.0, 0.5, 2.0, 15.0]), random.choice([0.0, 0.001])
+            ends = random.choice([0.0, 0.4, 2.0, 3.0, 40.0, math.inf])
+            began, late = loop.time(), False
+            try:
+                with alarm.until(began + ends, patience):
+                    await asyncio.sleep(lasts)
+            except TimeoutError:
+                late = True
+            took = loop.time() - began
+            if lasts < ends:
+                assert not late
+                assert took == pytest.approx(lasts)
+            elif lasts > ends + patience:
+                assert late
+                assert took == pytest.approx(ends + patience)
+            task = asyncio.current_task()
+            assert task is not None
+            assert task.cancelling() == 0
+            await asyncio.sleep(random.choice([0.0, 0.7, 20.0]))  # nothing rings between
+        alarm.close()
+
+    for seed in range(20):
+        run(waits(Random(seed)))
+
+
+async def test_whoever_else_cancels_comes_before_an_alarm() -> None:
+    alarm = Alarm(time.monotonic)
+
+    async def wait() -> None:
+        with alarm.until(time.monotonic() + 0.02, 0.0):
+            try:
+                await asyncio.sleep(10)
+            finally:
+                asyncio.current_task().cancel()  # type: ignore[union-attr]
+
+    task = asyncio.create_task(wait())
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    alarm.close()
+
+
+async def test_a_deadline_around_an_alarm_is_told_from_it() -> None:
+    alarm = Alarm(time.monotonic)
+
+    async def wait(around: asyncio.Timeout, seconds: float) -> None:
+        async with around:
+            with alarm.until(time.monotonic() + seconds):
+                await asyncio.sleep(10)
+
+    for around, seconds in ((asyncio.timeout(0.02), 10), (asyncio.timeout(10), 0.02)):
+        with pytest.raises(TimeoutError):
+            await wait(around, seconds)
+        assert around.expired() == (seconds == 10)
+    alarm.close()
+
+
+async def test_a_closed_alarm_holds_nothing() -> None:
+    alarm = Alarm(time.monotonic)
+    with alarm.until(time.monotonic() + 3600):
+        await asyncio.sleep(0)
+    handle = weakref.ref(alarm)
+    alarm.close()
+    del alarm
+    gc.collect()
+    assert handle() is None, "the loop still has its timer"

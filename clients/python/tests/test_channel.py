@@ -128,7 +128,7 @@ def test_options() -> None:
     assert own == {**built_in, "grpc.keepalive_time_ms": 5, "grpc.x": 1}
 
 
-def test_every_method_of_the_contract_retries_unavailable_and_nothing_else() -> None:
+def test_every_method_of_the_contract_retries_what_no_gateway_has_answered() -> None:
     config = json.loads(dict(endpoint().options)["grpc.service_config"])
     services: list[ServiceDescriptor] = [
         service
@@ -139,10 +139,10 @@ def test_every_method_of_the_contract_retries_unavailable_and_nothing_else() -> 
     assert {(name["service"], name["method"]) for name in method_config["name"]} == {
         (service.full_name, method.name) for service in services for method in service.methods
     }
-    assert method_config["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]
+    assert method_config["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE", "CANCELLED"]
     assert method_config["retryPolicy"]["maxAttempts"] == 3
     assert config["loadBalancingConfig"] == [{"round_robin": {}}]
-    assert config["retryThrottling"] == {"maxTokens": 10, "tokenRatio": 0.1}
+    assert config["retryThrottling"] == {"maxTokens": 100, "tokenRatio": 0.1}
 
 
 def test_deadlines() -> None:

@@ -1,5 +1,11 @@
 import assert from "node:assert/strict";
-import { createServer, type ServerHttp2Session } from "node:http2";
+import {
+  constants,
+  createServer,
+  type IncomingHttpHeaders,
+  type ServerHttp2Session,
+  type ServerHttp2Stream,
+} from "node:http2";
 import type { AddressInfo } from "node:net";
 import { type TestContext, test } from "node:test";
 import { type ChatStream, type Message, Tokenwire } from "tokenwire";
@@ -88,6 +94,7 @@ test("a stream tells its events, keeps the answer so far, and ends as chat does"
   assert.equal(stream.reasoning, "hm");
   assert.equal(stream.usage?.completionTokens, 2);
   assert.ok((stream.timeToFirstTokenMs ?? -1) >= 0);
+  stream.cancel(); // nothing, now
   const reply = await stream.reply();
   const whole = await client.chat("A story", { model });
   assert.deepEqual(reply.proto.choices, whole.proto.choices);
@@ -182,6 +189,65 @@ test("a reader that is far behind gets all that came before the error", async (t
   assert.equal(read, deltas.length);
   assert.equal(error.reason, "UPSTREAM_STREAM_INTERRUPTED");
   assert.equal(error.partialText.length, 48 * 64 * 1024);
+});
+
+test("a caller who reads nothing is felt by the gateway", async (t) => {
+  const server = createServer();
+  let written = 0;
+  const blocked = new Promise<ServerHttp2Stream>((resolve) => {
+    server.on("stream", async (stream) => {
+      stream.on("error", () => {});
+      stream.respond({ ":status": 200, "content-type": "application/grpc" });
+      const event = create(StreamChatResponseSchema, {
+        event: { case: "delta", value: { content: "x".repeat(1024 * 1024) } },
+      });
+      const bytes = toBinary(StreamChatResponseSchema, event);
+      const head = Buffer.alloc(5);
+      head.writeUInt32BE(bytes.length, 1);
+      for (;;) {
+        const message = Buffer.concat([head, bytes]);
+        const taken = new Promise<boolean>((done) => stream.write(message, () => done(true)));
+        const late = new Promise<boolean>((done) => setTimeout(done, 1000, false));
+        if (!(await Promise.race([taken, late]))) break;
+        written += 1;
+        if (written > 100) break;
+      }
+      resolve(stream);
+    });
+  });
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  const { port } = server.address() as AddressInfo;
+  const client = new Tokenwire({ target: `127.0.0.1:${port}`, token: "" });
+  const stream = client.stream("x", { model });
+  const sent = await blocked;
+  t.after(() => {
+    sent.session?.destroy();
+    server.close();
+  });
+  // 8 MiB are read ahead, and grpc-js has 16 messages of its own.
+  assert.ok(written >= 8 && written < 40, `${written} MiB`);
+  for await (const _ of stream) break;
+  client.close();
+});
+
+test("the time to the first token counts text, reasoning, refusals and tool calls", async (t) => {
+  const { gateway, client } = await pair(t);
+  for (const part of [
+    "a",
+    create(DeltaSchema, { reasoning: "hm" }),
+    create(DeltaSchema, { refusal: "no" }),
+    toolCall("f", {}),
+  ]) {
+    gateway.hang(create(DeltaSchema), part);
+    const stream = client.stream("x", { model });
+    const times: (number | undefined)[] = [];
+    for await (const _ of stream) {
+      times.push(stream.timeToFirstTokenMs);
+      if (times.length === 3) break; // after the header and the empty delta
+    }
+    assert.deepEqual(times.slice(0, 2), [undefined, undefined]);
+    assert.ok(Number(times[2]) >= 0);
+  }
 });
 
 test("who leaves a stream gets nothing more of it, though it be there", async (t) => {
@@ -351,6 +417,14 @@ test("a signal keeps nothing of the calls it has outlived", async (t) => {
   assert.equal(listeners.size, 0);
   await failure(client.stream("x", { model, signal }).reply());
   assert.equal(listeners.size, 0);
+  // The whole of it is there, and more of it than is read ahead.
+  gateway.reply(...Array.from({ length: 12 }, () => "x".repeat(1024 * 1024)));
+  for await (const _ of client.stream("x", { model, signal })) {
+    await gateway.calls.at(-1)?.waitCancelled();
+    await new Promise((resolve) => setTimeout(resolve, 200));
+    break;
+  }
+  assert.equal(listeners.size, 0);
 });
 
 test("a deadline: the caller's own, or the client's for unary calls alone", async (t) => {
@@ -362,22 +436,40 @@ test("a deadline: the caller's own, or the client's for unary calls alone", asyn
   for (const call of gateway.calls) assert.equal(await call.waitCancelled(), true);
 });
 
-test("calls with one answer have 600 s unless told otherwise, streams no limit", async (t) => {
-  const { gateway, client } = await pair(t);
-  gateway.reply("a").reply("b").reply("c");
-  const { setTimeout: original } = globalThis;
-  const delays: number[] = [];
-  t.mock.method(globalThis, "setTimeout", (run: () => void, ms = 0) => {
-    delays.push(ms);
-    return original(run, ms);
-  });
-  const limited = () => delays.some((ms) => ms > 590_000 && ms <= 600_000);
-  await client.stream("x", { model }).reply();
-  await client.chat("x", { model, timeoutMs: Number.POSITIVE_INFINITY });
-  assert.equal(limited(), false);
-  await client.chat("x", { model });
-  assert.equal(limited(), true);
+test("calls with one answer have 600 s unless told otherwise, streams and batches no limit", async (t) => {
+  const seen: IncomingHttpHeaders[] = [];
+  const client = await odd(t, {}, seen);
+  const own = { model, timeoutMs: 5000 };
+  const none = { model, timeoutMs: Number.POSITIVE_INFINITY };
+  // They all fail, as the gateway says nothing.
+  const one = [
+    (options: { model: string }) => client.chat("x", options),
+    (options: { model: string }) => client.countTokens("x", options),
+    (options: { model: string }) => client.tokenize("x", options),
+    ({ model: _, ...options }: { model: string }) => client.models(options),
+    ({ model: _, ...options }: { model: string }) => client.model("x", options),
+  ];
+  const many = [
+    (options: { model: string }) => client.stream("x", options).reply(),
+    (options: { model: string }) => client.batchOrdered(["x"], options),
+  ];
+  for (const options of [{ model }, own, none]) {
+    for (const call of [...one, ...many]) await failure(call(options));
+  }
+  const limits = seen.map((headers) => seconds(headers["grpc-timeout"]));
+  const calls = one.length + many.length;
+  for (const limit of limits.slice(0, one.length)) assert.ok(limit > 590 && limit <= 600);
+  assert.deepEqual(limits.slice(one.length, calls), [Infinity, Infinity]);
+  for (const limit of limits.slice(calls, 2 * calls)) assert.ok(limit > 0 && limit <= 5);
+  assert.deepEqual(limits.slice(2 * calls), Array(calls).fill(Infinity));
 });
+
+/** Of the header `grpc-timeout`; Infinity where there is none. */
+function seconds(timeout: string | string[] | undefined): number {
+  if (typeof timeout !== "string") return Number.POSITIVE_INFINITY;
+  const unit = { H: 3600, M: 60, S: 1, m: 1e-3, u: 1e-6, n: 1e-9 }[timeout.at(-1) ?? ""];
+  return Number(timeout.slice(0, -1)) * (unit ?? Number.NaN);
+}
 
 test("close ends what runs; later calls say why they cannot be", async (t) => {
   const { gateway, client } = await pair(t);
@@ -470,12 +562,21 @@ test("an aborted batch is no batch", async (t) => {
 
 // --- OKs that are none ----------------------------------------------------------------
 
-/** A client of a gateway that answers each method of `answers` with OK and these messages. */
-async function odd(t: TestContext, answers: Record<string, Uint8Array[]>): Promise<Tokenwire> {
+/**
+ * A client of a gateway that answers each method of `answers` with these messages and OK, or silence
+ * where there is a `left`, and writes down the headers of each call.
+ */
+async function odd(
+  t: TestContext,
+  answers: Record<string, Uint8Array[]>,
+  seen: IncomingHttpHeaders[] = [],
+  left?: (rstCode: number | undefined) => void,
+): Promise<Tokenwire> {
   const server = createServer();
   const sessions: ServerHttp2Session[] = [];
   server.on("session", (session) => sessions.push(session));
   server.on("stream", (stream, headers) => {
+    seen.push(headers);
     const head = { ":status": 200, "content-type": "application/grpc" };
     stream.respond(head, { waitForTrailers: true });
     stream.on("wantTrailers", () => stream.sendTrailers({ "grpc-status": "0" }));
@@ -484,7 +585,10 @@ async function odd(t: TestContext, answers: Record<string, Uint8Array[]>): Promi
       frame.writeUInt32BE(message.length, 1);
       stream.write(Buffer.concat([frame, message]));
     }
-    stream.end();
+    // Whoever waits to hear of the caller leaving has the stream go on until then.
+    if (left === undefined) stream.end();
+    else stream.on("close", () => left(stream.rstCode));
+    stream.on("error", () => {});
     stream.resume();
   });
   await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
@@ -511,6 +615,21 @@ test("batch results of no item, or two of one, are refused", async (t) => {
     const ordered = await failure(client.batchOrdered(["a", "b"], { model }));
     assert.equal(ordered.reason, "STREAM_INCOMPLETE", `${indexes}`);
   }
+});
+
+test("a batch that is refused here ends there", { timeout: 20_000 }, async (t) => {
+  const result = create(BatchChatResponseSchema, {
+    index: 2,
+    result: { case: "response", value: {} },
+  });
+  const BatchChat = [toBinary(BatchChatResponseSchema, result)];
+  let left: (rstCode: number | undefined) => void = () => {};
+  const rstCode = new Promise<number | undefined>((resolve) => {
+    left = resolve;
+  });
+  const client = await odd(t, { BatchChat }, [], left);
+  assert.equal((await failure(all(client.batch(["a", "b"], { model })))).code, "INTERNAL");
+  assert.equal(await rstCode, constants.NGHTTP2_CANCEL);
 });
 
 test("an OK that lacks what was asked for is an error", async (t) => {
@@ -636,14 +755,17 @@ test("nobody listens: UNAVAILABLE, without a reason, and to be tried again", asy
   assert.notEqual(error.requestId, "");
 });
 
-test("a prompt of 10 MB goes, is tried again, and 40 MB are refused here", async (t) => {
+test("10 MB go both ways, are tried again, and 40 MB are refused here", async (t) => {
   const { gateway, client } = await pair(t);
   gateway.fail("GATEWAY_OVERLOADED", { pushbackMs: 1 }).reply("ok");
   const prompt = "a".repeat(10_000_000);
   assert.equal((await client.chat(prompt, { model })).text, "ok");
   assert.equal(gateway.calls[1]?.request.messages[0]?.content?.length, prompt.length);
+  gateway.reply(prompt).reply(prompt);
+  assert.equal((await client.chat("x", { model })).text, prompt);
+  assert.equal((await client.stream("x", { model }).reply()).text, prompt);
   const error = await failure(client.chat(prompt.repeat(4), { model }));
   assert.equal(error.code, "RESOURCE_EXHAUSTED");
   assert.equal(error.isRetryable, false);
-  assert.equal(gateway.calls.length, 2);
+  assert.equal(gateway.calls.length, 4);
 });

@@ -106,6 +106,7 @@ test("details of another domain, or none at all, are not taken for ours", async 
         "grpc-status": "8",
         "grpc-message": "slow down",
         "grpc-status-details-bin": details.shift()?.toString("base64") ?? "",
+        "x-request-id": "theirs",
       },
       { endStream: true },
     );
@@ -118,6 +119,7 @@ test("details of another domain, or none at all, are not taken for ours", async 
     const error = await failure(client.chat("x", { model }));
     assert.deepEqual([error.code, error.reason], ["RESOURCE_EXHAUSTED", ""]);
     assert.equal(error.rawMessage, "slow down");
+    assert.equal(error.requestId, "theirs"); // what they have in their log
     assert.equal(error.proto.details.length, howMany);
   }
 });

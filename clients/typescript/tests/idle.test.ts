@@ -96,3 +96,44 @@ test("a gateway that is gone without a word is noticed", async (t) => {
   })();
   await assert.rejects(call, { code: "UNAVAILABLE", reason: "", partialText: "before" });
 });
+
+test("a ping goes out each 30 s, also while nothing runs", { timeout: 20_000 }, async (t) => {
+  const { setTimeout: original } = globalThis;
+  const pings: (() => void)[] = [];
+  t.mock.method(globalThis, "setTimeout", (run: () => void, ms = 0) => {
+    const timer = original(run, ms);
+    if (ms === 30_000) pings.push(run);
+    return timer;
+  });
+  let pinged = 0;
+  const server = createServer();
+  const sessions: ServerHttp2Session[] = [];
+  const heard = new Promise<void>((resolve) => {
+    server.on("session", (session) => {
+      sessions.push(session);
+      session.on("ping", () => {
+        pinged += 1;
+        resolve();
+      });
+    });
+  });
+  server.on("stream", (stream) => {
+    const head = { ":status": 200, "content-type": "application/grpc", "grpc-status": "12" };
+    stream.respond(head, { endStream: true });
+  });
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  t.after(() => {
+    for (const session of sessions) session.destroy();
+    server.close();
+  });
+  await using client = new Tokenwire({
+    target: `127.0.0.1:${(server.address() as AddressInfo).port}`,
+    token: "",
+  });
+  await assert.rejects(client.models(), { code: "UNIMPLEMENTED" });
+  assert.equal(pinged, 0);
+  const waiting = pings.splice(0);
+  assert.ok(waiting.length > 0);
+  for (const run of waiting) run(); // 30 s later
+  await heard;
+});

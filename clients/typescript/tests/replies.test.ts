@@ -112,7 +112,8 @@ test("a whole answer and its deltas are the same, however they are cut", async (
       parts.push(
         create(DeltaSchema, { content, reasoning: `${at}`, logprobs: [{ token: content }] }),
       );
-      parts.push(create(DeltaSchema, { choiceIndex: 1, refusal: content }));
+      const annotations = [{ url: `https://example.com/${at}` }];
+      parts.push(create(DeltaSchema, { choiceIndex: 1, refusal: content, annotations }));
     }
     gateway.replyWith(parts, { usage: { totalTokens: 9, cachedPromptTokens: 0 } });
     gateway.replyWith(parts, { usage: { totalTokens: 9, cachedPromptTokens: 0 } });
@@ -123,6 +124,11 @@ test("a whole answer and its deltas are the same, however they are cut", async (
     assert.equal(grown.usage.cachedPromptTokens, 0);
     assert.equal(grown.text, text);
     assert.equal(grown.choices[1]?.refusal, text);
+    assert.deepEqual(
+      grown.choices[1]?.message.annotations.map(({ url }) => url),
+      parts.flatMap(({ annotations }) => annotations.map(({ url }) => url)),
+    );
+    assert.equal(grown.choices[0]?.proto.logprobs.map(({ token }) => token).join(""), text);
   }
 });
 

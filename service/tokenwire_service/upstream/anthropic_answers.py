@@ -17,6 +17,7 @@ from tokenwire.v1 import chat_pb2, chat_service_pb2, model_service_pb2
 from tokenwire_service.errors import Fault, UpstreamFault
 from tokenwire_service.upstream import native, sse
 from tokenwire_service.upstream.classify import classify_payload
+from tokenwire_service.upstream.dialect import StreamDecoder
 from tokenwire_service.upstream.json_text import (
     INT32_MAX,
     Halves,
@@ -146,7 +147,7 @@ class _Block:
         return self.raw
 
 
-class AnthropicStream:
+class AnthropicStream(StreamDecoder):
     """Decodes one stream of message events. See StreamDecoder for the contract."""
 
     def __init__(self) -> None:

@@ -16,6 +16,7 @@ from tokenwire.v1 import chat_pb2, chat_service_pb2, model_service_pb2
 from tokenwire_service.errors import Fault, UpstreamFault
 from tokenwire_service.upstream import native, sse
 from tokenwire_service.upstream.classify import classify_payload
+from tokenwire_service.upstream.dialect import StreamDecoder
 from tokenwire_service.upstream.json_text import (
     INT32_MAX,
     Halves,
@@ -226,7 +227,7 @@ class _Choice:
         return units[len(units_before) :].decode("utf-16-le", "surrogatepass")
 
 
-class DashScopeStream:
+class DashScopeStream(StreamDecoder):
     """Decodes one stream of answers. See StreamDecoder for the contract."""
 
     def __init__(self, choices: int = 1, *, cumulative: bool = False) -> None:

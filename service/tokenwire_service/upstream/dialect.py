@@ -7,8 +7,9 @@ answer names a date (`retry-after`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 from urllib.parse import quote
 
@@ -30,17 +31,17 @@ class Route:
     model: Model | None
     model_name: str
 
-    @property
+    @cached_property
     def dialect_name(self) -> str:
         """What is spoken there."""
         return dialect_of(self.upstream, self.model, self.model_name)
 
-    @property
+    @cached_property
     def profile_name(self) -> str:
         """What is taken there of OpenAI's language; "" where another one is spoken."""
         return profile_of(self.upstream, self.model, self.model_name)
 
-    @property
+    @cached_property
     def streaming(self) -> str:
         """When the upstream is asked for a stream: the model's setting, else the upstream's."""
         configured = self.model.streaming if self.model is not None else None
@@ -67,21 +68,31 @@ class Encoded:
 
 
 class StreamDecoder(Protocol):
-    """Turns one upstream stream into the events of the contract."""
+    """Turns one upstream stream into the events of the contract.
 
-    @property
-    def done(self) -> bool:
-        """True once the upstream said that nothing follows."""
+    `done`: the upstream said that nothing follows. `usage`: the last one seen, never a sum.
+    """
 
-    @property
-    def usage(self) -> chat_pb2.Usage | None:
-        """The last usage seen, never a sum."""
+    done: bool
+    usage: chat_pb2.Usage | None
 
     def feed(self, event: sse.Event) -> list[chat_service_pb2.StreamChatResponse]:
         """The header (once, right before the first delta) and deltas of one event.
 
         Raises UpstreamFault for an error in the stream or a payload that is not the protocol.
         """
+
+    def feed_all(
+        self, events: Iterable[sse.Event], out: list[chat_service_pb2.StreamChatResponse]
+    ) -> int:
+        """What `feed` says of each goes to `out`, also of those before one that raises; pieces of
+        one text may go together. Returns of how many pieces, each a delta of its own in `feed`."""
+        pieces = 0
+        for event in events:
+            said = self.feed(event)
+            pieces += sum(each.HasField("delta") for each in said)
+            out += said
+        return pieces
 
     def finish(self, error_field: bytes | None) -> list[chat_service_pb2.StreamChatResponse]:
         """One finish per choice, then the trailer.

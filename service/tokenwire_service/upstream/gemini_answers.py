@@ -18,6 +18,7 @@ from tokenwire.v1 import chat_pb2, chat_service_pb2, model_service_pb2
 from tokenwire_service.errors import Fault, UpstreamFault
 from tokenwire_service.upstream import native, sse
 from tokenwire_service.upstream.classify import classify_payload
+from tokenwire_service.upstream.dialect import StreamDecoder
 from tokenwire_service.upstream.json_text import (
     INT32_MAX,
     Halves,
@@ -143,7 +144,7 @@ def _as_it_is(_slot: tuple[int, str, int], text: str) -> str:
     return text
 
 
-class GeminiStream:
+class GeminiStream(StreamDecoder):
     """Decodes one stream of GenerateContentResponses. See StreamDecoder for the contract."""
 
     def __init__(self, choices: int = 1) -> None:

@@ -16,6 +16,7 @@ from tokenwire.v1 import chat_pb2, chat_service_pb2, model_service_pb2
 from tokenwire_service.errors import Fault, UpstreamFault
 from tokenwire_service.upstream import sse
 from tokenwire_service.upstream.classify import classify_payload
+from tokenwire_service.upstream.dialect import StreamDecoder
 from tokenwire_service.upstream.json_text import (
     INT32_MAX,
     Halves,
@@ -31,6 +32,7 @@ from tokenwire_service.upstream.json_text import (
     set_extra,
     string,
 )
+from tokenwire_service.upstream.openai_plain import piece
 
 StreamChatResponse = chat_service_pb2.StreamChatResponse
 
@@ -133,7 +135,15 @@ class _CallState:
     id: str = ""
 
 
-class OpenAIStream:
+_RUN_CHARACTERS = 8192  # after so many, what is joined is enough: 32 KiB, if each takes four bytes
+
+
+def _text(index: int, run: list[str]) -> StreamChatResponse:
+    delta = chat_service_pb2.Delta(choice_index=index, content="".join(run))
+    return StreamChatResponse(delta=delta)
+
+
+class OpenAIStream(StreamDecoder):
     """Decodes one stream of chunks. See StreamDecoder for the contract."""
 
     def __init__(self, choices: int = 1, *, flat_errors: bool = False) -> None:
@@ -190,6 +200,37 @@ class OpenAIStream:
             met.add(index)
             self._choice(raw, index, out)
         return out
+
+    def feed_all(self, events: Iterable[sse.Event], out: list[StreamChatResponse]) -> int:
+        """As `feed` of each, joining pieces of plain text that follow each other."""
+        pieces = joined = at = 0
+        run: list[str] = []  # of the choice `at`
+        for event in events:
+            plain = None
+            if self._header_sent and not self._lossy and not self.done and event.type != "error":
+                plain = piece(event.data)
+            if plain is None:
+                if run:
+                    out.append(_text(at, run))
+                    run = []
+                said = self.feed(event)
+                pieces += sum(each.HasField("delta") for each in said)
+                out += said
+                continue
+            index, text = plain
+            if run and (index != at or joined >= _RUN_CHARACTERS):
+                out.append(_text(at, run))
+                run = []
+            if not run:
+                joined, at = 0, index
+                self._choices.setdefault(index, _ChoiceState())
+            run.append(text)
+            joined += len(text)
+            pieces += 1
+            self._chunks += 1
+        if run:
+            out.append(_text(at, run))
+        return pieces
 
     def finish(self, error_field: bytes | None) -> list[StreamChatResponse]:
         """One finish per choice and the trailer, if the stream proved that it is complete."""

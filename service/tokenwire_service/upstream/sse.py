@@ -114,9 +114,9 @@ class Decoder:
 
     def _dispatch(self) -> Event:
         event = Event(
-            self._type.decode("utf-8", "replace") or "message",
-            b"\n".join(self._data),
-            self._id.decode("utf-8", "replace"),
+            self._type.decode("utf-8", "replace") if self._type else "message",
+            self._data[0] if len(self._data) == 1 else b"\n".join(self._data),
+            self._id.decode("utf-8", "replace") if self._id else "",
         )
         self._data.clear()
         self._size = 0

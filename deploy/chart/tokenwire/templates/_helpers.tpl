@@ -81,7 +81,7 @@ then are pods replaced. */ -}}
 {{- define "tokenwire.restarting" -}}
 {{- $config := include "tokenwire.config" . | fromJson }}
 {{- $rest := omit $config "callers" "timeouts" "drain" "retries" "key_file_interval" "upstreams" "models" }}
-{{- $limits := omit ($config.limits | default dict) "in_flight" "queue" "batch_items_at_once" "tokenizer_bytes" "upstream_answer_bytes" "upstream_event_bytes" }}
+{{- $limits := omit ($config.limits | default dict) "in_flight" "loop_lag" "queue" "batch_items_at_once" "tokenizer_bytes" "upstream_answer_bytes" "upstream_event_bytes" }}
 {{- $log := omit ($config.log | default dict) "level" }}
 {{- merge (dict "limits" $limits "log" $log) (omit $rest "limits" "log") | toJson }}
 {{- end }}

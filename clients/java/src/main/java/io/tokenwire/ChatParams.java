@@ -1,6 +1,7 @@
 package io.tokenwire;
 
 import io.tokenwire.v1.ChatRequest;
+import io.tokenwire.v1.JsonObjectFormat;
 import io.tokenwire.v1.JsonSchemaFormat;
 import io.tokenwire.v1.ResponseFormat;
 import io.tokenwire.v1.RoleTemplate;
@@ -426,13 +427,39 @@ public final class ChatParams {
      * @return this
      */
     public Builder jsonSchema(String name, String schema) {
-      proto.setResponseFormat(
-          ResponseFormat.newBuilder()
-              .setJsonSchema(
-                  JsonSchemaFormat.newBuilder()
-                      .setName(Checked.text(name, "jsonSchema"))
-                      .setSchemaJson(Checked.text(schema, "jsonSchema"))));
-      return this;
+      return jsonSchema(format(name, schema));
+    }
+
+    /**
+     * Asks for JSON of a schema, which the upstream is to enforce; {@link Reply#json(Class)} parses
+     * it.
+     *
+     * @param name a name for it, of letters, digits, {@code _} and {@code -}
+     * @param schema JSON Schema text
+     * @return this
+     */
+    public Builder strictJsonSchema(String name, String schema) {
+      return jsonSchema(format(name, schema).setStrict(true));
+    }
+
+    private static JsonSchemaFormat.Builder format(String name, String schema) {
+      return JsonSchemaFormat.newBuilder()
+          .setName(Checked.text(name, "jsonSchema"))
+          .setSchemaJson(Checked.text(schema, "jsonSchema"));
+    }
+
+    private Builder jsonSchema(JsonSchemaFormat.Builder format) {
+      return responseFormat(ResponseFormat.newBuilder().setJsonSchema(format).build());
+    }
+
+    /**
+     * Asks for a JSON object of no particular schema; {@link Reply#json()} parses it.
+     *
+     * @return this
+     */
+    public Builder jsonObject() {
+      return responseFormat(
+          ResponseFormat.newBuilder().setJsonObject(JsonObjectFormat.getDefaultInstance()).build());
     }
 
     /**

@@ -242,7 +242,10 @@ public final class ChatStream implements Answer, Iterable<ChatEvent>, AutoClosea
     return answer.reply(requestId);
   }
 
-  /** Ends the call, if it has not ended. What had arrived stays. */
+  /**
+   * Ends the call, if it has not ended. What was read stays; a loop that goes on gets nothing more,
+   * and throws CANCELLED.
+   */
   @Override
   public void close() {
     inbox.cancel();

@@ -16,12 +16,15 @@ final class Inbox<R> implements Call.Sink<R> {
 
   private static final System.Logger LOG = System.getLogger("io.tokenwire");
 
+  private static final String LEFT = "the caller left the stream";
+
   private record End(Status status, Metadata trailers) {}
 
   private final Call<?, R> call;
   private final LinkedBlockingQueue<Object> arrived = new LinkedBlockingQueue<>();
   private End end;
   private volatile boolean over;
+  private volatile boolean left;
 
   private Inbox(Call<?, R> call) {
     this.call = call;
@@ -64,11 +67,15 @@ final class Inbox<R> implements Call.Sink<R> {
   @SuppressWarnings("unchecked") // all but End came by message()
   R take(Supplier<Reply> partial) {
     if (end == null) {
-      Object next;
+      Object next = null;
       try {
-        next = arrived.take();
+        next = left ? null : arrived.take();
       } catch (InterruptedException e) {
         throw call.interrupted(partial.get());
+      }
+      if (left) { // who has left gets nothing more, though it be here
+        Status status = Status.CANCELLED.withDescription(LEFT);
+        throw call.failed(status, new Metadata(), partial.get());
       }
       if (!(next instanceof End last)) {
         call.more();
@@ -84,6 +91,7 @@ final class Inbox<R> implements Call.Sink<R> {
 
   void cancel() {
     over = true;
-    call.cancel("the caller left the stream");
+    left = true;
+    call.cancel(LEFT);
   }
 }

@@ -97,6 +97,23 @@ class AnswerTest {
   }
 
   @Test
+  void logprobsAndAnnotationsAreKept() {
+    Accumulator answer = new Accumulator();
+    for (String each : List.of("a", "b")) {
+      Delta.Builder delta = Delta.newBuilder().setContent(each);
+      delta.addLogprobsBuilder().setToken(each);
+      delta.addAnnotationsBuilder().setUrl(each);
+      answer.add(delta(delta));
+    }
+    var choice = answer.first().proto();
+    assertEquals(
+        List.of("a", "b"), choice.getLogprobsList().stream().map(each -> each.getToken()).toList());
+    assertEquals(
+        List.of("a", "b"),
+        choice.getMessage().getAnnotationsList().stream().map(each -> each.getUrl()).toList());
+  }
+
+  @Test
   void snapshotsReplace() {
     Accumulator answer = new Accumulator();
     StringBuilder text = new StringBuilder();
@@ -204,6 +221,19 @@ class AnswerTest {
     assertEquals("UNAVAILABLE: no message (request sent)", e.getMessage());
     assertTrue(e.retryAfter().isEmpty());
     assertTrue(e.partial().isEmpty());
+  }
+
+  @Test
+  void theRequestIdIsTheOneInTheGatewaysLog() {
+    Metadata trailers = new Metadata();
+    trailers.put(TokenwireException.REQUEST_ID, "echoed");
+    assertEquals("echoed", error(Status.INTERNAL, trailers).requestId());
+    ErrorInfo info =
+        ErrorInfo.newBuilder().setDomain("tokenwire").putMetadata("requestId", "told").build();
+    trailers.put(
+        DETAILS,
+        com.google.rpc.Status.newBuilder().addDetails(Any.pack(info)).build().toByteArray());
+    assertEquals("told", error(Status.INTERNAL, trailers).requestId());
   }
 
   @Test

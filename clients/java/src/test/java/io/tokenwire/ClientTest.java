@@ -62,6 +62,7 @@ import java.util.logging.Handler;
 import java.util.logging.Level;
 import java.util.logging.LogRecord;
 import java.util.logging.Logger;
+import java.util.stream.IntStream;
 import java.util.stream.Stream;
 import java.util.stream.StreamSupport;
 import org.junit.jupiter.api.AfterEach;
@@ -234,10 +235,11 @@ class ClientTest {
   }
 
   @Test
-  void aBigMessageGoesBothWays() {
+  void aBigMessageGoesBothWaysAndIsTriedAgain() {
     String big = "x".repeat(10_000_000);
-    gateway.reply(big);
+    gateway.fail("GATEWAY_OVERLOADED").reply(big);
     assertEquals(big, client.chat(c -> c.model("any").user(big)).text());
+    assertEquals(2, gateway.calls().size());
   }
 
   // --- streams
@@ -301,6 +303,23 @@ class ClientTest {
   }
 
   @Test
+  void theTimeToTheFirstTokenCountsWhateverTheModelSays() {
+    for (Delta part :
+        List.of(
+            Delta.text("a"),
+            Delta.reasoning("hm"),
+            Delta.of(io.tokenwire.v1.Delta.newBuilder().setRefusal("no").build()),
+            Delta.toolCall("f", Map.of()))) {
+      gateway.reply(Delta.text(""), part);
+      List<Boolean> known = new ArrayList<>();
+      try (ChatStream stream = client.stream(HI)) {
+        stream.forEach(event -> known.add(stream.timeToFirstToken().isPresent()));
+      }
+      assertEquals(List.of(false, false, true), known.subList(0, 3));
+    }
+  }
+
+  @Test
   void anOkWithoutTheTrailerIsAnError() {
     gateway.cut("Hel").cut("Hel");
     try (ChatStream stream = client.stream(HI)) {
@@ -329,6 +348,38 @@ class ClientTest {
       assertTrue(e.isRetryable());
     }
     assertEquals(1, gateway.calls().size(), "what has begun is never repeated");
+  }
+
+  @Test
+  void aReaderThatIsFarBehindGetsAllThatCameBeforeTheError() {
+    String[] deltas =
+        IntStream.range(0, 48).mapToObj(i -> i + "x".repeat(64 * 1024)).toArray(String[]::new);
+    Failure cut = Failure.of("UPSTREAM_STREAM_INTERRUPTED");
+    gateway.fail(cut, deltas).fail(cut, deltas);
+    List<String> seen = new ArrayList<>();
+    TokenwireException e =
+        assertThrows(
+            TokenwireException.class,
+            () -> client.stream(HI).texts().forEach(text -> slowly(seen, text)));
+    assertEquals(List.of(deltas), seen);
+    assertEquals(String.join("", deltas), e.partialText());
+    seen.clear();
+    CompletableFuture<?> whole =
+        client
+            .streamAsync(HI)
+            .forEach(
+                event -> slowly(seen, event.kind() == ChatEvent.Kind.DELTA ? event.text() : ""));
+    assertThrows(CompletionException.class, whole::join);
+    assertEquals(String.join("", deltas), String.join("", seen));
+  }
+
+  private static void slowly(List<String> seen, String text) {
+    seen.add(text);
+    try {
+      Thread.sleep(5);
+    } catch (InterruptedException e) {
+      throw new AssertionError(e);
+    }
   }
 
   @Test
@@ -377,12 +428,73 @@ class ClientTest {
               });
       closer.start();
       TokenwireException e =
-          assertThrows(TokenwireException.class, () -> stream.forEach(unused -> begun.countDown()));
+          assertThrows(
+              TokenwireException.class,
+              () ->
+                  stream.forEach(
+                      event -> {
+                        if (event.text().equals("one")) {
+                          begun.countDown();
+                        }
+                      }));
       assertEquals(Status.Code.CANCELLED, e.code());
       assertEquals("one", e.partialText());
       closer.join();
     }
     assertTrue(onlyCall().awaitCancelled(SOON));
+  }
+
+  @Test
+  @SuppressWarnings("try") // closed early, on purpose
+  void aStreamIsClosedInEveryState() throws Exception {
+    gateway.hang().hang("a", "b", "c").reply("a", "b", "c").reply("whole");
+    try (ChatStream before = client.stream(HI)) { // the first byte
+      awaitCalls(1);
+      before.close();
+      before.close();
+      assertEquals(
+          Status.Code.CANCELLED, assertThrows(TokenwireException.class, before::reply).code());
+      assertTrue(gateway.calls().get(0).awaitCancelled(SOON));
+    }
+    for (int i = 1; i <= 2; i++) { // what has arrived is no more given out, whole or not
+      List<String> seen = new ArrayList<>();
+      try (ChatStream slow = client.stream(HI)) {
+        TokenwireException e =
+            assertThrows(
+                TokenwireException.class,
+                () -> {
+                  for (String text : slow.texts()) {
+                    seen.add(text);
+                    Thread.sleep(100);
+                    slow.close();
+                  }
+                });
+        assertEquals(Status.Code.CANCELLED, e.code());
+        assertEquals("a", e.partialText());
+      }
+      assertEquals(List.of("a"), seen);
+    }
+    assertTrue(gateway.calls().get(1).awaitCancelled(SOON));
+    try (ChatStream after = client.stream(HI)) {
+      assertEquals("whole", after.reply().text());
+      after.close();
+      assertEquals("whole", after.reply().text());
+      assertFalse(after.iterator().hasNext());
+    }
+    gateway.reply("x").hang();
+    try (BatchStream batch = client.batch(b -> b.item("", HI))) {
+      assertEquals("x", batch.iterator().next().get().text());
+      assertFalse(batch.iterator().hasNext());
+      batch.close();
+      assertFalse(batch.iterator().hasNext());
+    }
+    try (BatchStream batch = client.batch(b -> b.item("", HI))) {
+      awaitCalls(6);
+      batch.close();
+      TokenwireException e = assertThrows(TokenwireException.class, () -> batch.forEach(r -> {}));
+      assertEquals(Status.Code.CANCELLED, e.code());
+    }
+    assertTrue(gateway.calls().get(5).awaitCancelled(SOON));
   }
 
   @Test
@@ -905,6 +1017,66 @@ class ClientTest {
           resultOf(indexes[0]),
           resultOf(indexes[1]));
     }
+  }
+
+  @Test
+  void aBatchThatIsRefusedHereEndsThere() throws Exception {
+    withSilent(
+        (silent, calls) -> {
+          CompletableFuture<?> async = silent.batchAsync(b -> b.item("", HI)).forEach(result -> {});
+          eventually(() -> calls.size() == 1);
+          answer(calls.get(0), resultOf(7));
+          assertThrows(CompletionException.class, async::join);
+          eventually(calls.get(0)::isCancelled);
+          try (BatchStream results = silent.batch(b -> b.item("", HI))) {
+            eventually(() -> calls.size() == 2);
+            answer(calls.get(1), resultOf(7));
+            assertThrows(TokenwireException.class, results.iterator()::next);
+            eventually(calls.get(1)::isCancelled);
+          }
+        });
+  }
+
+  @SuppressWarnings("unchecked") // who asked for a batch
+  private static void answer(ServerCall<?, ?> call, BatchChatResponse response) {
+    call.sendHeaders(new Metadata());
+    ((ServerCall<?, BatchChatResponse>) call).sendMessage(response);
+  }
+
+  @Test
+  void aCallerWhoReadsNothingIsFeltByTheGateway() throws Exception {
+    TALKATIVE.setLevel(Level.SEVERE); // tells at length of what was not sent when the caller left
+    withSilent(
+        (silent, calls) -> {
+          try (ChatStream unread = silent.stream(HI)) {
+            eventually(() -> !calls.isEmpty());
+            ServerCall<?, StreamChatResponse> call = streaming(calls.get(0));
+            call.sendHeaders(new Metadata());
+            StreamChatResponse big =
+                StreamChatResponse.newBuilder()
+                    .setDelta(
+                        io.tokenwire.v1.Delta.newBuilder().setContent("x".repeat(1024 * 1024)))
+                    .build();
+            int sent = 0;
+            for (int quiet = 0; quiet < 50 && sent < 100; quiet++) { // a second
+              for (; call.isReady() && sent < 100; sent++) {
+                call.sendMessage(big);
+                quiet = 0;
+              }
+              Thread.sleep(20);
+            }
+            assertTrue(sent >= 8 && sent < 40, sent + " MiB");
+            assertEquals("", unread.text());
+          }
+        });
+  }
+
+  private static final Logger TALKATIVE =
+      Logger.getLogger("io.grpc.netty.shaded.io.grpc.netty.NettyServerHandler");
+
+  @SuppressWarnings("unchecked") // who asked for a stream
+  private static ServerCall<?, StreamChatResponse> streaming(ServerCall<?, ?> call) {
+    return (ServerCall<?, StreamChatResponse>) call;
   }
 
   @Test

@@ -19,8 +19,12 @@ import java.util.concurrent.TimeUnit;
 import java.util.function.Consumer;
 import org.junit.jupiter.api.Tag;
 import org.junit.jupiter.api.Test;
+import org.junit.jupiter.api.Timeout;
+import org.junit.jupiter.api.parallel.Execution;
+import org.junit.jupiter.api.parallel.ExecutionMode;
 
 /** A silent stream lives, through a proxy that drops what is silent. */
+@Execution(ExecutionMode.CONCURRENT) // they wait
 class IdleTest {
   /** Passes bytes on, and closes a connection that was silent for too long, as proxies do. */
   private static final class Proxy implements AutoCloseable {
@@ -114,6 +118,21 @@ class IdleTest {
   }
 
   @Test
+  void aConnectionWithoutCallsLivesToo() throws Exception {
+    try (FakeGateway gateway = new FakeGateway();
+        Proxy proxy = new Proxy(gateway.target(), Duration.ofSeconds(17));
+        TokenwireClient client =
+            TokenwireClient.builder(proxy.target())
+                .channelCustomizer(channel -> channel.keepAliveTime(10, TimeUnit.SECONDS))
+                .build()) {
+      client.models();
+      Thread.sleep(24_000);
+      client.models();
+      assertEquals(2, proxy.sockets.size(), "both ends of one connection");
+    }
+  }
+
+  @Test
   void withoutPingsItDoesNot() {
     TokenwireException e =
         assertThrows(
@@ -128,6 +147,7 @@ class IdleTest {
 
   @Test
   @Tag("idle")
+  @Timeout(240)
   void aStreamLivesThroughTwoMinutesOfSilence() throws IOException {
     assertEquals(
         "still here", heard(Duration.ofSeconds(120), Duration.ofSeconds(50), channel -> {}));

@@ -107,6 +107,15 @@ class RequestTest {
   }
 
   @Test
+  void jsonIsAskedForInThreeWays() {
+    var plain = hi().jsonSchema("a", "{}").build().proto().getResponseFormat().getJsonSchema();
+    assertFalse(plain.getStrict());
+    var strict = hi().strictJsonSchema("a", "{}").build().proto().getResponseFormat();
+    assertEquals(plain.toBuilder().setStrict(true).build(), strict.getJsonSchema());
+    assertTrue(hi().jsonObject().build().proto().getResponseFormat().hasJsonObject());
+  }
+
+  @Test
   void aParamsIsAValue() {
     ChatParams params = hi().build();
     assertEquals(params, ChatParams.of(params.proto()));

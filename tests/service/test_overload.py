@@ -1,0 +1,114 @@
+"""An event loop that is late: streams rest and send fuller messages, new calls are refused."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from aiohttp import web
+
+from harness import (
+    Start,
+    Stubs,
+    chunk,
+    completion,
+    event_stream,
+    failing,
+    provider,
+    receive,
+    request,
+    stream_request,
+    until,
+    upstream,
+)
+from tokenwire_service.config import Limits
+from tokenwire_service.looplag import LoopLag
+
+TEXTS = [f"{number} " for number in range(200)]
+
+
+def held(gateway: Stubs, *, hold: float = 0.0, seconds: float = 0.0) -> LoopLag:
+    """As if the loop of this gateway were late, from now on."""
+    lag = gateway.running.gateway.lag
+    lag.close()
+    lag.hold, lag.seconds = hold, seconds
+    return lag
+
+
+async def paced(asked: web.Request) -> web.StreamResponse:
+    """A piece in each millisecond or two."""
+    response = await event_stream(asked)
+    for text in TEXTS:
+        await response.write(chunk(text))
+        await asyncio.sleep(0.001)
+    await response.write(chunk("", finish_reason="stop") + b"data: [DONE]\n\n")
+    return response
+
+
+async def test_streams_that_rest_say_the_same_in_fewer_messages(start: Start) -> None:
+    async with provider(paced) as served:
+        gateway = await start(upstream(served.base_url))
+        held(gateway)
+        brisk = await receive(gateway.chat.StreamChat(stream_request(request())))
+        held(gateway, hold=0.1)
+        rested = await receive(gateway.chat.StreamChat(stream_request(request())))
+    for received in (brisk, rested):
+        assert received.failure is None
+        assert received.text == "".join(TEXTS)
+        assert received.kinds[0] == "header"
+        assert received.kinds[-2:] == ["finish", "trailer"]
+    assert len(rested.deltas) < len(brisk.deltas) / 2
+
+
+async def test_a_stream_that_rests_can_be_left(start: Start) -> None:
+    async with provider(paced) as served:
+        gateway = await start(upstream(served.base_url))
+        held(gateway, hold=30.0)
+        call = gateway.chat.StreamChat(stream_request(request()))
+        await call.read()
+        assert served.open == 1
+        call.cancel()
+        await until(lambda: served.open == 0)
+        await until(lambda: gateway.running.leases == 0)
+
+
+async def test_a_deadline_ends_a_stream_that_rests(start: Start) -> None:
+    async with provider(paced) as served:
+        gateway = await start(upstream(served.base_url))
+        held(gateway, hold=30.0)
+        received = await receive(gateway.chat.StreamChat(stream_request(request()), timeout=0.5))
+        assert received.failure is not None
+        assert received.failure.code.name == "DEADLINE_EXCEEDED"
+        await until(lambda: served.open == 0)
+
+
+@pytest.mark.parametrize("method", ["Chat", "StreamChat"])
+async def test_a_loop_that_is_very_late_takes_no_new_calls_and_asks_no_upstream(
+    start: Start, method: str
+) -> None:
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        return await paced(asked) if (await asked.json()).get("stream") else completion()
+
+    async with provider(answer) as served:
+        gateway = await start(upstream(served.base_url), limits=Limits(loop_lag=0.2))
+        running = asyncio.ensure_future(receive(gateway.chat.StreamChat(stream_request(request()))))
+        await until(lambda: served.open == 1)
+        lag = held(gateway, seconds=0.3)
+        call = (
+            gateway.chat.Chat(request())
+            if method == "Chat"
+            else gateway.chat.StreamChat(stream_request(request()))
+        )
+        failure = await failing(call)
+        assert failure.code.name == "UNAVAILABLE"
+        assert failure.reason == "GATEWAY_OVERLOADED"
+        assert "300 ms late" in failure.message
+        assert failure.retry_seconds > 0
+        assert int(failure.pushback) > 0
+        assert len(served.asked) == 1
+        assert gateway.running.gateway.refused_late == 1
+        goes_on = await running
+        assert goes_on.failure is None
+        assert goes_on.text == "".join(TEXTS)
+        lag.seconds = 0.1
+        assert (await gateway.chat.Chat(request())).choices
