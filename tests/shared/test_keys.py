@@ -20,6 +20,7 @@ from tokenwire_service.admission import Admission
 from tokenwire_service.config import Key, Redis, Upstream
 from tokenwire_service.errors import Fault, UpstreamFault
 from tokenwire_service.keyring import KeyRing, Lease, Unavailable
+from tokenwire_service.keyset import shared_name
 from tokenwire_service.quotas import Quotas
 from tokenwire_service.secret import Secret
 from tokenwire_service.sharedkeys import BELIEVED, SharedKeys
@@ -40,11 +41,13 @@ def keys_of(prefix: str = "k", **settings: Any) -> tuple[Key, ...]:
 class Replica:
     """Upstreams of one replica, each with a pool: `one` is the first."""
 
-    def __init__(self, redis: RedisServer, upstreams: dict[str, tuple[Key, ...]]) -> None:
+    def __init__(
+        self, redis: RedisServer, upstreams: dict[str, tuple[Key, ...]], minute: float
+    ) -> None:
         settings = Redis(url=redis.url, on_failure="open", timeout=5.0)
         scripts = (*quotas.SCRIPTS, *sharedkeys.SCRIPTS)
         self.store = Store(settings, scripts, logging.getLogger("tokenwire.test"))
-        self.quotas = Quotas(self.store)
+        self.quotas = Quotas(self.store, minute=minute)
         self.keys = SharedKeys(self.store)
         self.pools: dict[str, SharedPool] = {}
         for name, keys in upstreams.items():
@@ -91,9 +94,9 @@ class Replica:
 
 @asynccontextmanager
 async def replicas(
-    redis: RedisServer, *upstreams: dict[str, tuple[Key, ...]]
+    redis: RedisServer, *upstreams: dict[str, tuple[Key, ...]], minute: float = 60.0
 ) -> AsyncIterator[list[Replica]]:
-    made = [Replica(redis, each) for each in upstreams]
+    made = [Replica(redis, each, minute) for each in upstreams]
     tasks = [
         asyncio.ensure_future(each)
         for one in made
@@ -220,6 +223,19 @@ async def test_what_was_found_while_it_was_away_is_told_when_it_is_back(
             await until(lambda: third.open() == third.open("another") == [2])
 
 
+async def test_what_is_told_to_a_redis_that_has_forgotten_is_news(redis: RedisServer) -> None:
+    async with replicas(redis, *TWO) as (one, other):
+        one.meet(Fault.RATE_LIMITED, 0.5, "passing")
+        await until(lambda: other.open("passing") == [2])
+        assert await versions(redis) == 1
+        await asyncio.sleep(0.6)
+        await redis.kill()
+        await until(lambda: not one.store.here and not other.store.here)
+        one.meet(Fault.KEY_REJECTED)  # the first version of another count
+        await redis.start()
+        await until(lambda: other.open() == [2])
+
+
 async def test_a_flood_of_rate_limits_is_told_once(redis: RedisServer) -> None:
     async with replicas(redis, *TWO) as (one, other):
         leases = [one.lease() for _ in range(100)]
@@ -252,9 +268,11 @@ async def test_what_another_version_tells_does_no_harm(redis: RedisServer) -> No
     async with replicas(redis, *TWO) as (one, other):
         one.meet(Fault.RATE_LIMITED, 100.0)
         await until(lambda: other.open() == [2])
+        key = shared_name("u", other.ring.keys[0])
         for name, text in (
-            ("0123 planet ", "rate_limited 1"),
-            ("0123 key ", "eaten_by_a_dog 1"),
+            (f"{key} planet ", "rate_limited 1"),
+            (f"{key} key ", "eaten_by_a_dog 1"),
+            ("0123 key ", "rate_limited 1"),
             ("0123", ""),
         ):
             await redis.command("HSET", "tokenwire:closures", name, text)
@@ -297,6 +315,17 @@ async def test_a_key_that_others_have_used_up_is_passed_over_and_costs_nothing(
             "limited",
             "limited",
         ]
+
+
+async def test_what_was_refused_is_counted_nowhere(redis: RedisServer) -> None:
+    """Minutes of Redis are shorter here than those of a ring."""
+    single = {"u": keys_of(requests_per_minute=5, tokens_per_minute=500)[:1]}
+    async with replicas(redis, single, single, minute=1.0) as (one, other):
+        assert all([isinstance(await taken(one, 100), Lease) for _ in range(5)])
+        assert isinstance(await taken(other, 100), Unavailable)
+        assert isinstance(await taken(other, 100), Unavailable)
+        await asyncio.sleep(1.2)
+        assert all([isinstance(await taken(other, 100), Lease) for _ in range(5)])
 
 
 async def test_tokens_of_a_key_are_corrected_for_everybody(redis: RedisServer) -> None:
