@@ -70,7 +70,12 @@ RUBY := docs/clients/ruby
 missing = || { echo "$(1): its tests fail in CI and are skipped elsewhere"; test -z "$${CI:-}"; }
 
 .PHONY: setup-wire
-setup-wire: $(WIRE)/bin/.complete $(WIRE)/venv/.complete setup-ruby ## Install the clients by others that tests/wire calls the gateway with
+setup-wire: $(WIRE)/bin/.complete $(WIRE)/venv/.complete setup-ruby setup-load ## Install the clients by others that tests/wire calls the gateway with
+
+# The Go client as tests/rolling runs it.
+.PHONY: setup-load
+setup-load:
+	@$(MAKE) --silent -C clients/go load $(call missing,go cannot build the load of tests/rolling)
 
 # Versions and hashes are those of go.mod and go.sum. -p 2: the memory of others counts, too.
 $(WIRE)/bin/.complete: tests/wire/tools/go.mod tests/wire/tools/go.sum

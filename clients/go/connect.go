@@ -254,8 +254,9 @@ func checkToken(token string) error {
 // retried are the RPCs that gRPC may try again, by name. Chats are retried only when the gateway
 // (or no gateway) answered UNAVAILABLE before the first byte of an answer: gRPC commits a call
 // once its headers arrive. The gateway sends grpc-retry-pushback-ms: -1 when it has used up its
-// own retries, which ends these too. No other code is retried: it would repeat what is billed, or
-// what cannot succeed.
+// own retries, which ends these too. CANCELLED is what gRPC itself answers for a server that is told
+// to end, to calls that cross its GOAWAY; a cancel of one's own is never retried. No other code is
+// retried: it would repeat what is billed, or what cannot succeed.
 var retried = []methodName{
 	{"tokenwire.v1.ChatService", "Chat"},
 	{"tokenwire.v1.ChatService", "StreamChat"},
@@ -282,11 +283,12 @@ func serviceConfig() string {
 				"initialBackoff":       "0.2s",
 				"maxBackoff":           "5s",
 				"backoffMultiplier":    2,
-				"retryableStatusCodes": []string{"UNAVAILABLE"},
+				"retryableStatusCodes": []string{"UNAVAILABLE", "CANCELLED"},
 			},
 		}},
-		// When about half of the recent calls fail, retries only feed the fire.
-		"retryThrottling": object{"maxTokens": 10, "tokenRatio": 0.1},
+		// Retries end while half of these are used up: a failure costs one, and ten calls that
+		// succeed earn one. Enough for the calls of a replica that dies, not for an outage.
+		"retryThrottling": object{"maxTokens": 100, "tokenRatio": 0.1},
 	})
 	if err != nil {
 		panic(err) // only constants are in it

@@ -131,7 +131,7 @@ func TestCredentialsOfTheCallItselfWin(t *testing.T) {
 	equal(t, "authorization", strings.Join(gateway.Calls()[0].Metadata.Get("authorization"), "|"), "Bearer theirs")
 }
 
-func TestEveryMethodOfTheContractRetriesUnavailableAndNothingElse(t *testing.T) {
+func TestEveryMethodOfTheContractRetriesWhatNoGatewayHasAnswered(t *testing.T) {
 	var config struct {
 		LoadBalancingConfig []map[string]any
 		RetryThrottling     struct{ MaxTokens, TokenRatio float64 }
@@ -168,10 +168,10 @@ func TestEveryMethodOfTheContractRetriesUnavailableAndNothingElse(t *testing.T) 
 	}
 	policy := config.MethodConfig[0].RetryPolicy
 	equal(t, "methods", len(listed), methods)
-	equal(t, "codes", strings.Join(policy.RetryableStatusCodes, " "), "UNAVAILABLE")
+	equal(t, "codes", strings.Join(policy.RetryableStatusCodes, " "), "UNAVAILABLE CANCELLED")
 	equal(t, "attempts", policy.MaxAttempts, 3)
 	equal(t, "backoff", policy.InitialBackoff+" "+policy.MaxBackoff, "0.2s 5s")
-	equal(t, "throttling", config.RetryThrottling.MaxTokens, 10)
+	equal(t, "throttling", config.RetryThrottling.MaxTokens, 100)
 	if _, ok := config.LoadBalancingConfig[0]["round_robin"]; !ok {
 		t.Errorf("balancing: %v", config.LoadBalancingConfig)
 	}

@@ -133,6 +133,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         self._logger = logger
         self._max_message_bytes = max_message_bytes
         self._now = now
+        self._handlers: dict[str, Any] = {}
         self._number = 0
         self._running: set[int] = set()
         # Who waits for some of them, with those that they wait for yet.
@@ -155,29 +156,31 @@ class Boundary(grpc.aio.ServerInterceptor):
         continuation: Continuation,
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        """The wrapped handler."""
-        handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(_PREFIX):
-            return handler
+        """The wrapped handler, of each method one: servicers are never added later."""
         method = handler_call_details.method
-        metadata = tuple(handler_call_details.invocation_metadata or ())
+        known = self._handlers.get(method)
+        if known is not None:
+            return known
+        handler = await continuation(handler_call_details)
+        if handler is None or not method.startswith(_PREFIX):
+            return handler
         read = handler.request_deserializer
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                self._wrap(handler.unary_stream, read, method, metadata)
+            wrapped: Any = grpc.unary_stream_rpc_method_handler(
+                self._wrap(handler.unary_stream, read, method)
             )
-        return grpc.unary_unary_rpc_method_handler(
-            self._wrap(handler.unary_unary, read, method, metadata)
-        )
+        else:
+            wrapped = grpc.unary_unary_rpc_method_handler(
+                self._wrap(handler.unary_unary, read, method)
+            )
+        return self._handlers.setdefault(method, wrapped)
 
-    def _wrap(
-        self, handler: Handler, read: Read, method: str, metadata: Sequence[tuple[str, Any]]
-    ) -> Handler:
-        request_id = _request_id(metadata)
-        authorization = [str(value) for name, value in metadata if name == "authorization"]
-
+    def _wrap(self, handler: Handler, read: Read, method: str) -> Handler:
         # Any: grpc types handlers as sync ones, or as generators.
         async def wrapped(request: Any, context: Context) -> Any:
+            metadata = tuple(context.invocation_metadata() or ())
+            request_id = _request_id(metadata)
+            authorization = [str(value) for name, value in metadata if name == "authorization"]
             call = CallContext(context, request_id, self._now(), self._max_message_bytes)
             if self._tracer is not None:
                 call.span = self._tracer.call(method.removeprefix("/"), metadata)

@@ -255,6 +255,7 @@ class Standing:
         revision: ConfigState,
         *,
         spans: Callable[[], Mapping[str, int]] = dict,
+        redis_away: Callable[[], bool] = bool,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._gateway = gateway
@@ -263,6 +264,7 @@ class Standing:
         self._files = files
         self._revision = revision
         self._spans = spans
+        self._redis_away = redis_away
         self._now = now
 
     def collect(self) -> Iterator[Metric]:
@@ -295,6 +297,7 @@ class Standing:
                 "Files of keys with a problem; their last good keys are in force.",
                 sum(bool(file.problem) for file in self._files.states),
             ),
+            ("redis_away", "1 while a Redis that is configured is not there.", self._redis_away()),
             ("config_generation", "Which configuration is in force.", self._revision.generation),
         ):
             yield GaugeMetricFamily(f"tokenwire_{name}", told, value=value)

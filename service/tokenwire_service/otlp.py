@@ -10,6 +10,8 @@ its own empties.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -96,7 +98,9 @@ def _server(route: Route) -> Attributes:
 class Otlp:
     """The collector's side: tracer and observer of one gateway. `close` sends what waits."""
 
-    def __init__(self, settings: Settings, labels: Labels, scrub: Scrubber) -> None:
+    def __init__(
+        self, settings: Settings, labels: Labels, scrub: Scrubber, logger: logging.Logger
+    ) -> None:
         endpoint = settings.endpoint
         assert endpoint is not None
         resource = Resource.create(
@@ -107,6 +111,7 @@ class Otlp:
             },
             SCHEMA,
         )
+        self._logger = logger
         self.tracer: Tracer | None = None
         self.observer: Meter | None = None
         self._closers: list[Callable[[], object]] = []
@@ -146,7 +151,8 @@ class Otlp:
         }
 
     async def close(self) -> None:
-        """Sends what waits, for a few seconds at most: a collector that is away keeps nobody."""
+        """Sends what waits, for a few seconds at most: a collector that is away keeps nobody. Says
+        what was lost since the start."""
         loop = asyncio.get_running_loop()
         done = asyncio.Event()
 
@@ -157,11 +163,13 @@ class Otlp:
 
         # Not of an executor: the process would wait for it in the end.
         threading.Thread(target=work, name="otlp-close", daemon=True).start()
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FLUSH_SECONDS):
                 await done.wait()
-        except TimeoutError:
-            return
+        counts = self.spans()
+        if self._queue is not None and self._queue.ended > counts["sent"]:
+            fields = {"ended": self._queue.ended, **counts}
+            self._logger.warning("spans lost", extra={"fields": fields})
 
 
 class _Counting(SpanExporter):
@@ -199,12 +207,13 @@ class _Bounded(BatchSpanProcessor):
         self._counting = exporter
         self._room = most
         self._put = 0
-        self.dropped = 0
+        self.ended = self.dropped = 0
 
     def on_end(self, span: ReadableSpan) -> None:
         """A span has ended."""
         if span.context is None or not span.context.trace_flags.sampled:
             return
+        self.ended += 1
         if self._put - self._counting.taken >= self._room:
             self.dropped += 1
             return

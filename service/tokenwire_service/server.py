@@ -49,7 +49,7 @@ from tokenwire_service.telemetry import LogObserver, Observer, Observers, log_sc
 from tokenwire_service.upstream.client import UpstreamClient
 
 if TYPE_CHECKING:
-    from tokenwire_service.metrics import Observed
+    from tokenwire_service.metrics import Observed, Standing
     from tokenwire_service.otlp import Otlp
 
 SERVICES = (
@@ -76,6 +76,7 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
+_ON_THEIR_WAY = 0.2  # seconds in which calls begin that came before connections were told to go
 _LAST_WORDS = 1.0  # seconds after the grace for the statuses of calls that were cut off
 
 
@@ -153,7 +154,7 @@ async def serving(
         scrub = scrub or log_scrubber()
         labels = Labels(config, scrub)
         metrics = _metrics(config, labels)
-        otlp = _otlp(config, labels, scrub)
+        otlp = _otlp(config, labels, scrub, logger)
         wanted: list[Observer | None] = [observer or LogObserver(logger), counters, recent, metrics]
         if otlp is not None:
             stack.push_async_callback(otlp.close)  # last of all: what ends now is told, too
@@ -221,7 +222,11 @@ async def serving(
         exposed = ""
         if metrics is not None:
             exposed = await _metrics_page(
-                metrics, otlp, live, counters, revision, config.metrics.listen, logger, stack
+                metrics,
+                _standing(live, counters, revision, otlp, shared),
+                config.metrics.listen,
+                logger,
+                stack,
             )
         watches = _Watches(live, labels, boundary, revision, logger)
         stack.push_async_callback(watches.end)
@@ -281,10 +286,14 @@ async def serve_until_signalled(
             insisted = None
             if first is signal.SIGTERM:
                 insisted = await _next(signals, {ended}, drain.propagation)
-            running.gateway.draining = True
             if insisted is None:
                 # Longer than we wait: what is left then is told why by us, not cut off by gRPC.
                 stopping = asyncio.ensure_future(running.server.stop(drain.grace + 2 * _LAST_WORDS))
+                # Connections are told to go elsewhere now. Calls that have reached gRPC before that
+                # may begin a moment later, and are served as those that run.
+                insisted = await _next(signals, {stopping}, min(_ON_THEIR_WAY, drain.grace))
+            running.gateway.draining = True
+            if insisted is None:
                 idle = asyncio.ensure_future(running.boundary.idle())
                 insisted = await _next(signals, {stopping, idle}, drain.grace)
                 if not idle.done():
@@ -408,34 +417,52 @@ def _relayed(recent: Recent, metrics: Observed | None) -> Relayed:
     return relayed
 
 
-def _otlp(config: Config, labels: Labels, scrub: Scrubber) -> Otlp | None:
+def _otlp(config: Config, labels: Labels, scrub: Scrubber, logger: logging.Logger) -> Otlp | None:
     """Who tells the collector; None where there is none."""
     if config.otlp.endpoint is None:
         return None
     from tokenwire_service import otlp  # takes a while to load, and some MiB
 
-    return otlp.Otlp(config.otlp, labels, scrub)
+    return otlp.Otlp(config.otlp, labels, scrub, logger)
+
+
+def _standing(
+    live: Live,
+    counters: Counters,
+    revision: Revision,
+    otlp: Otlp | None,
+    shared: sharing.Shared | None,
+) -> Standing:
+    """What Prometheus reads of how the gateway stands."""
+    from tokenwire_service import metrics
+
+    def redis_away() -> bool:
+        return shared is not None and not shared.store.here
+
+    return metrics.Standing(
+        live.gateway,
+        live.pools,
+        counters,
+        live.files,
+        revision,
+        spans=dict if otlp is None else otlp.spans,
+        redis_away=redis_away,
+    )
 
 
 async def _metrics_page(
     metrics: Observed,
-    otlp: Otlp | None,
-    live: Live,
-    counters: Counters,
-    revision: Revision,
+    standing: Standing,
     listen: str,
     logger: logging.Logger,
     stack: AsyncExitStack,
 ) -> str:
     """Opens the port for Prometheus; where."""
     from tokenwire_service import httplistener
-    from tokenwire_service.metrics import Standing, exposition, watch_process
+    from tokenwire_service.metrics import exposition, watch_process
 
     registry = metrics.registry
-    spans: Callable[[], Mapping[str, int]] = dict if otlp is None else otlp.spans
-    registry.register(
-        Standing(live.gateway, live.pools, counters, live.files, revision, spans=spans)
-    )
+    registry.register(standing)
     watch_process(registry)
     routes = {"/metrics": httplistener.page(lambda accept: exposition(registry, accept))}
     try:

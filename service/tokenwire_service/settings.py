@@ -717,7 +717,8 @@ class Config(Struct, frozen=True, kw_only=True):
 
 
 # What takes effect when the file changes while the gateway runs; what is not named here, as it may
-# be new, stays as it is until a restart. docs/configuration.md says the same.
+# be new, stays as it is until a restart. docs/configuration.md says the same, and
+# `tokenwire.restarting` in the chart, where what is named here replaces no pods.
 RELOADED = frozenset(
     {
         "callers",

@@ -22,6 +22,7 @@ class Shared:
 
     quotas: Quotas
     keys: SharedKeys
+    store: Store
 
 
 @asynccontextmanager
@@ -32,7 +33,7 @@ async def started(redis: Redis | None, logger: logging.Logger) -> AsyncIterator[
         yield None
         return
     store = Store(redis, (*quotas.SCRIPTS, *sharedkeys.SCRIPTS), logger)
-    shared = Shared(Quotas(store), SharedKeys(store))
+    shared = Shared(Quotas(store), SharedKeys(store), store)
     running = (store.run, shared.quotas.run, shared.keys.run)
     tasks = [asyncio.ensure_future(_lasting(each, logger)) for each in running]
     try:

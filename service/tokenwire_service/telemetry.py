@@ -156,7 +156,11 @@ class LogObserver:
 
     def _log(self, level: int, name: str, event: AttemptEvent | CallEvent) -> None:
         if self._logger.isEnabledFor(level):
-            self._logger.log(level, name, extra={"fields": vars(event)})
+            # Not Logger.log, which looks for its caller's line in every frame of the stack.
+            record = self._logger.makeRecord(
+                self._logger.name, level, "", 0, name, (), None, extra={"fields": vars(event)}
+            )
+            self._logger.handle(record)
 
 
 class Observers:

@@ -38,7 +38,7 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 HELLO = tokenizer_service_pb2.TokenizeRequest(model="gpt-4o", texts=["hello world"])
 # Longer than the rest of the suite's: a build on a busy machine takes a minute.
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +204,9 @@ def pod(engine: Engine, image: str, simulator: Simulated) -> Iterator[Pod]:
         },
         "health": {"listen": f"127.0.0.1:{health}"},
         "metrics": {"listen": f"127.0.0.1:{metrics}"},
+        # Neither is there, which holds nothing up; what would speak with them is in the image.
+        "otlp": {"endpoint": "http://127.0.0.1:9"},
+        "redis": {"url": "redis://127.0.0.1:9", "on_failure": "open"},
         "upstreams": {
             "test": {
                 "base_url": simulator[1],

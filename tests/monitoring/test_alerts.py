@@ -101,6 +101,7 @@ CASES: dict[str, tuple[Series, Series]] = {
             'tokenwire_otlp_spans_total{outcome="sent"}': "0+1x60",
         },
     ),
+    "TokenwireRedisAway": ({"tokenwire_redis_away": "1x60"}, {"tokenwire_redis_away": "0x60"}),
     "TokenwireDrainStuck": ({"tokenwire_draining": "1x60"}, {"tokenwire_draining": "0x20 1x40"}),
     "TokenwireFewFilesLeft": (
         {"process_open_fds": "900x60", "process_max_fds": "1000x60"},

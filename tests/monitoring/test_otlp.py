@@ -362,6 +362,10 @@ def test_the_log_knows_the_trace(seen: Seen) -> None:
         assert len([line for line in lines if line["event"] == "call"]) == 1
 
 
+def test_nothing_was_lost(seen: Seen) -> None:
+    assert not [line for line in seen.log if line["event"] == "spans lost"]
+
+
 def test_nothing_that_is_nobodys_business(seen: Seen) -> None:
     for text in (PROMPT, "sk-test", "token-of-search"):
         assert text not in seen.everything, text
@@ -390,14 +394,37 @@ def test_the_page_tells_every_attribute_and_metric(seen: Seen) -> None:
 # --- a collector that is away ---------------------------------------------------------------
 
 
-async def test_a_collector_that_is_away_holds_up_nobody_and_is_counted(tmp_path: Path) -> None:
-    async with Simulator(tokens_per_second=0).serving() as url:
+@asynccontextmanager
+async def silent() -> AsyncIterator[str]:
+    """Takes connections and says nothing."""
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(65536):
+            pass
+        writer.close()
+
+    server = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+@asynccontextmanager
+async def away() -> AsyncIterator[str]:
+    """Nobody listens there."""
+    yield f"http://127.0.0.1:{free_port()}"
+
+
+@pytest.mark.parametrize("collector", [away, silent])
+async def test_a_collector_that_is_away_holds_up_nobody_and_is_counted(
+    tmp_path: Path, collector: Any
+) -> None:
+    async with Simulator(tokens_per_second=0).serving() as url, collector() as endpoint:
         config = write_config(
             tmp_path,
             url,
             admin={"listen": "off"},
             metrics={"listen": "127.0.0.1:0"},
-            otlp={"endpoint": f"http://127.0.0.1:{free_port()}", "queue": 5},
+            otlp={"endpoint": endpoint, "queue": 5},
         )
         async with serve("--config", config, TEST_KEY=KEYS) as gateway:
             for _ in range(20):
@@ -414,4 +441,7 @@ async def test_a_collector_that_is_away_holds_up_nobody_and_is_counted(tmp_path:
             assert 30 <= float(dropped) <= 35  # two a call; as many as wait, or are on their way
             gateway.signal(signal.SIGINT)
             assert await gateway.exit_code() == 0
+        lost = gateway.event("spans lost")
+        assert lost is not None
+        assert (lost["ended"], lost["sent"]) == (40, 0)
         assert not any("Traceback" in line for line in gateway.lines)

@@ -124,7 +124,7 @@ def test_options() -> None:
     assert dict(endpoint().options)["grpc.keepalive_time_ms"] == 30_000
 
 
-def test_every_method_of_the_contract_retries_unavailable_and_nothing_else() -> None:
+def test_every_method_of_the_contract_retries_what_no_gateway_has_answered() -> None:
     config = json.loads(dict(endpoint().options)["grpc.service_config"])
     services: list[ServiceDescriptor] = [
         service
@@ -135,7 +135,7 @@ def test_every_method_of_the_contract_retries_unavailable_and_nothing_else() -> 
     assert {(name["service"], name["method"]) for name in method_config["name"]} == {
         (service.full_name, method.name) for service in services for method in service.methods
     }
-    assert method_config["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]
+    assert method_config["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE", "CANCELLED"]
     assert method_config["retryPolicy"]["maxAttempts"] == 3
     assert config["loadBalancingConfig"] == [{"round_robin": {}}]
 

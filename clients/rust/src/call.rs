@@ -338,11 +338,12 @@ fn is_connecting(status: &Status) -> bool {
 /// When to try again: gRPC's retry policy and throttle (gRFC A6), which tonic does not have.
 #[derive(Debug)]
 pub(crate) struct Throttle {
-    /// Of 100, in tenths: when about half of the recent calls fail, retries only feed the fire.
+    /// In tenths. Retries end while half of them are used up: a failure costs one, and ten calls that
+    /// succeed earn one. Enough for the calls of a replica that dies, not for an outage.
     tokens: Mutex<i32>,
 }
 
-const MAX_TOKENS: i32 = 100;
+const MAX_TOKENS: i32 = 1000;
 const COST_OF_FAILURE: i32 = 10;
 const WORTH_OF_SUCCESS: i32 = 1;
 
@@ -555,9 +556,9 @@ mod tests {
     #[test]
     fn many_failures_end_retries_and_successes_allow_them_again() {
         let throttle = Throttle::new();
-        let retried = (0..10).filter(|_| throttle.pause(unavailable(None), 1).is_some()).count();
-        assert_eq!(retried, 4);
-        (0..70).for_each(|_| throttle.succeeded());
+        let retried = (0..100).filter(|_| throttle.pause(unavailable(None), 1).is_some()).count();
+        assert_eq!(retried, 49);
+        (0..600).for_each(|_| throttle.succeeded());
         assert!(throttle.pause(unavailable(None), 1).is_some());
     }
 

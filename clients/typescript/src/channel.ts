@@ -177,7 +177,8 @@ function serviceConfig(): object {
         },
       },
     ],
-    // When about half of the recent calls fail, retries only feed the fire.
-    retryThrottling: { maxTokens: 10, tokenRatio: 0.1 },
+    // Retries end while half of these are used up: a failure costs one, and ten calls that succeed
+    // earn one. Enough for the calls of a replica that dies, not for an outage.
+    retryThrottling: { maxTokens: 100, tokenRatio: 0.1 },
   };
 }

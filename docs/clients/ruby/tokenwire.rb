@@ -27,7 +27,7 @@ module Tokenwire
         retryableStatusCodes: ["UNAVAILABLE"]
       }
     }],
-    retryThrottling: { maxTokens: 10, tokenRatio: 0.1 }
+    retryThrottling: { maxTokens: 100, tokenRatio: 0.1 }
   }.freeze
 
   CHANNEL_OPTIONS = {

@@ -132,6 +132,8 @@ def parameters(
     in `reasoned` when the model is asked to reason.
     """
     params = chat_pb2.GenerationParams()
+    if route.model is None and not chat.HasField("params"):
+        return Parameters(params, 0)
     if route.model is not None:
         params.CopyFrom(route.model.defaults)
     if chat.params.stop:  # lists and maps are replaced, where MergeFrom would add

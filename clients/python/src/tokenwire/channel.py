@@ -29,8 +29,10 @@ Tls: TypeAlias = bool | str | os.PathLike[str] | grpc.ChannelCredentials
 
 # Chats are retried only when the gateway (or no gateway) answered UNAVAILABLE before the
 # first byte of an answer: gRPC commits a call once its headers arrive. The gateway sends
-# `grpc-retry-pushback-ms: -1` when it has used up its own retries, which ends these too.
-# No other code is retried: it would repeat what is billed, or what cannot succeed.
+# `grpc-retry-pushback-ms: -1` when it has used up its own retries, which ends these too. CANCELLED
+# is what gRPC itself answers for a server that is told to end, to calls that cross its GOAWAY; a
+# cancel of one's own is never retried. No other code is retried: it would repeat what is billed, or
+# what cannot succeed.
 _RETRIED = {
     "tokenwire.v1.ChatService": ("Chat", "StreamChat", "BatchChat"),
     "tokenwire.v1.TokenizerService": ("CountTokens", "Tokenize"),
@@ -153,10 +155,11 @@ def _service_config() -> dict[str, Any]:
                     "initialBackoff": "0.2s",
                     "maxBackoff": "5s",
                     "backoffMultiplier": 2,
-                    "retryableStatusCodes": ["UNAVAILABLE"],
+                    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
                 },
             }
         ],
-        # When about half of the recent calls fail, retries only feed the fire.
-        "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
+        # Retries end while half of these are used up: a failure costs one, and ten calls that
+        # succeed earn one. Enough for the calls of a replica that dies, not for an outage.
+        "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
     }

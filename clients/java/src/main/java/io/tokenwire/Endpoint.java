@@ -101,9 +101,10 @@ final class Endpoint {
                     2.0,
                     "retryableStatusCodes",
                     List.of("UNAVAILABLE")))),
-        // When about half of the recent calls fail, retries only feed the fire.
+        // Retries end while half of these are used up: a failure costs one, and ten calls that
+        // succeed earn one. Enough for the calls of a replica that dies, not for an outage.
         "retryThrottling",
-        Map.of("maxTokens", 10.0, "tokenRatio", 0.1));
+        Map.of("maxTokens", 100.0, "tokenRatio", 0.1));
   }
 
   /**
