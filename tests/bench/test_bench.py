@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from bench import floor, machine, page
+from bench import floor, machine, page, reuseport
 from bench.results import Results
 from bench.run import PUBLISHED, Parameters, bench
 from bench.scenarios import DIRECT, FLOOR, OURS, RELAY, SCENARIOS
@@ -219,3 +219,8 @@ def test_no_lock_names_a_registry() -> None:
     lock = json.loads((ROOT / "tests/bench/portkey/package-lock.json").read_text())
     assert all("resolved" not in package for package in lock["packages"].values())
     assert all("integrity" in package for name, package in lock["packages"].items() if name)
+
+
+def test_the_busiest_of_several_listeners_has_at_least_its_part() -> None:
+    for processes, connections in ((1, 3), (2, 4), (4, 16)):
+        assert 1 / processes <= reuseport.busiest(processes, connections) <= 1

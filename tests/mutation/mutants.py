@@ -177,8 +177,8 @@ MUTANTS = (
     ),
     Mutant(
         "a rate limit belongs to the model it was met for",
-        '            block = self._block(("group", key.quota_group, model))',
-        '            block = self._block(("group", key.quota_group))',
+        '            place: Hashable = ("group", key.quota_group, model)',
+        '            place: Hashable = ("group", key.quota_group)',
         (RING, MACHINE),
     ),
     Mutant(
@@ -268,8 +268,8 @@ MUTANTS = (
     ),
     Mutant(
         "requests per minute",
-        "            state.requests.spend(now, 1)",
-        "            pass",
+        "        asked = None if state.requests is None else state.requests.spend(now, 1)",
+        "        asked = None",
         (LIMITS, MACHINE),
     ),
     Mutant(

@@ -188,9 +188,9 @@ interface Arrived<M> {
 }
 
 // What an answer that is read slowly may weigh here before the gateway is made to wait: tens of
-// thousands of deltas, at 256 bytes for each besides its own, which is more than answers have.
-const BUFFER = 8 * 1024 * 1024;
-const PER_MESSAGE = 256;
+// thousands of deltas, at 128 bytes for each besides its own, which is more than answers have.
+const BUFFER = 4 * 1024 * 1024;
+const PER_MESSAGE = 128;
 
 /**
  * Messages of one stream, pulled one at a time.
