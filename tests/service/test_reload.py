@@ -24,7 +24,7 @@ from harness import (
     stream_request,
     until,
 )
-from processes import Program, begun, serve, write_config
+from processes import Program, begun, ended, serve, write_config
 
 KEYS = ("sk-test-Planted0-abcdefgh", "sk-test-Planted1-ijklmnop")
 FAST = {"key_file_interval": "10ms", "admin": {"listen": "off"}}
@@ -99,7 +99,7 @@ async def scraped(gateway: Program) -> list[str]:
 
 async def test_what_is_wrong_changes_nothing_until_it_is_right(tmp_path: Path) -> None:
     async with provider(answer) as served:
-        told = {**FAST, "metrics": {"listen": "127.0.0.1:0"}}
+        told = {**FAST, "metrics": {"listen": "127.0.0.1:0"}, "admin": {"listen": "127.0.0.1:0"}}
         config = write_config(tmp_path, served.base_url, **told)
         keys = tmp_path / "keys"
         upstreams = {
@@ -122,12 +122,18 @@ async def test_what_is_wrong_changes_nothing_until_it_is_right(tmp_path: Path) -
             await logged(gateway, "configuration refused", 3)
             await gateway.chat.Chat(request())
             metrics = await scraped(gateway)
+            target = gateway.event("serving")["admin"]  # type: ignore[index]
+            shown = await ended("keys", "--target", target)
+            live = await ended("top", "--once", "--target", target)
             gateway.signal(signal.SIGTERM)
     used = [asked.headers["authorization"].removeprefix("Bearer ") for asked in served.asked]
     assert used == [KEYS[0], KEYS[0], KEYS[1], KEYS[1]]
     assert len(events(gateway, "configuration refused")) == 3
     assert "tokenwire_config_generation 2.0" in metrics
     assert "tokenwire_config_reload_failures_total 3.0" in metrics
+    says = "configuration 2 stays in force, its file is refused: "
+    assert says in shown.out
+    assert says in live.out
     assert "Planted" not in "\n".join(gateway.lines)
 
 
