@@ -95,11 +95,15 @@ func TestSeveralChoices(t *testing.T) {
 }
 
 func TestAnAnswerInJSON(t *testing.T) {
-	type answer struct{ OK bool }
+	type answer struct {
+		OK bool
+		N  int
+	}
 	gateway, client := started(t)
 	gateway.Reply(tokenwiretest.Text(`{"ok": true}`)).ReplyWith(tokenwiretest.Answer{
 		Parts: []tokenwiretest.Part{tokenwiretest.Text(`{"ok": tr`)}, FinishReason: tokenwire.FinishLength,
 	}).Reply(tokenwiretest.Delta(&pb.Delta{Refusal: "I must not."}))
+	gateway.Reply(tokenwiretest.Text(`{"ok": true, "n": "many"}`))
 	schema := json.RawMessage(`{"type": "object", "b": 1, "a": 2}`)
 	request := tokenwire.Request{Model: "m", Prompt: "?", Format: tokenwire.JSONSchema(schema)}
 	ask := func() (answer, error) {
@@ -114,6 +118,10 @@ func TestAnAnswerInJSON(t *testing.T) {
 	_, err = ask()
 	if err == nil || !strings.Contains(err.Error(), "I must not.") {
 		t.Errorf("refused: got %v", err)
+	}
+	half, err := ask()
+	if err == nil || half != (answer{}) {
+		t.Errorf("of another shape: got %v, %v", half, err)
 	}
 	sent := gateway.Calls()[0].Chat().GetResponseFormat().GetJsonSchema()
 	equal(t, "schema, unchanged", sent.GetSchemaJson(), string(schema))

@@ -22,6 +22,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/resolver"
+	"google.golang.org/grpc/resolver/manual"
 	"google.golang.org/protobuf/reflect/protoreflect"
 
 	tokenwire "github.com/tokenwire/tokenwire/clients/go"
@@ -172,9 +174,50 @@ func TestEveryMethodOfTheContractRetriesWhatNoGatewayHasAnswered(t *testing.T) {
 	equal(t, "attempts", policy.MaxAttempts, 3)
 	equal(t, "backoff", policy.InitialBackoff+" "+policy.MaxBackoff, "0.2s 5s")
 	equal(t, "throttling", config.RetryThrottling.MaxTokens, 100)
+	equal(t, "throttling", config.RetryThrottling.TokenRatio, 0.1)
 	if _, ok := config.LoadBalancingConfig[0]["round_robin"]; !ok {
 		t.Errorf("balancing: %v", config.LoadBalancingConfig)
 	}
+}
+
+// named returns a client of a name that stands for the targets, and comes with a service config.
+func named(t *testing.T, config string, targets ...string) *tokenwire.Client {
+	names := manual.NewBuilderWithScheme("named")
+	names.BuildCallback = func(_ resolver.Target, conn resolver.ClientConn, _ resolver.BuildOptions) {
+		state := resolver.State{ServiceConfig: conn.ParseServiceConfig(config)}
+		for _, target := range targets {
+			state.Addresses = append(state.Addresses, resolver.Address{Addr: target})
+		}
+		names.InitialState(state)
+	}
+	client := must[*tokenwire.Client](t)(tokenwire.New("named:///gateway",
+		tokenwire.WithDialOptions(grpc.WithResolvers(names))))
+	t.Cleanup(func() { client.Close() })
+	return client
+}
+
+func TestReplicasTakeTurns(t *testing.T) {
+	t.Parallel()
+	one, two := tokenwiretest.NewGateway(t), tokenwiretest.NewGateway(t)
+	client := named(t, "{}", one.Target, two.Target)
+	for end := time.Now().Add(20 * time.Second); len(one.Calls()) < 3 || len(two.Calls()) < 3; {
+		if time.Now().After(end) {
+			t.Fatalf("got %d and %d calls", len(one.Calls()), len(two.Calls()))
+		}
+		must[[]tokenwire.Model](t)(client.Models(ctx))
+	}
+	one.Close()
+	for range 10 { // what is gone fails no call
+		must[[]tokenwire.Model](t)(client.Models(ctx))
+	}
+}
+
+func TestANameDoesNotDecideWhatIsRetried(t *testing.T) {
+	t.Parallel()
+	gateway := tokenwiretest.NewGateway(t)
+	gateway.Fail(tokenwiretest.Failure{Reason: tokenwire.ReasonGatewayDraining}).Reply(tokenwiretest.Text("ok"))
+	client := named(t, "{}", gateway.Target)
+	equal(t, "text", must[*tokenwire.Reply](t)(client.Chat(ctx, hi)).Text(), "ok")
 }
 
 func TestDeadlines(t *testing.T) {
@@ -205,6 +248,10 @@ func TestDeadlines(t *testing.T) {
 	within("chat", tokenwire.DefaultTimeout)
 	must[*tokenwire.Reply](t)(client.Chat(soon, hi))
 	within("chat with a deadline", 50*time.Second)
+	late, cancel := context.WithTimeout(ctx, 2*tokenwire.DefaultTimeout)
+	defer cancel()
+	must[[]tokenwire.Model](t)(client.Models(late))
+	within("models with a later deadline", 2*tokenwire.DefaultTimeout)
 	must[[]tokenwire.Model](t)(client.Models(ctx))
 	within("models", tokenwire.DefaultTimeout)
 	// A stream shows that it lives, so it may live as long as it likes.

@@ -133,6 +133,19 @@ func TestAnIdleStream(t *testing.T) {
 	equal(t, "calls", len(gateway.Calls()), 1)
 }
 
+// TestAnIdleConnection: without a call, too, pings keep a connection that the next call finds alive.
+func TestAnIdleConnection(t *testing.T) {
+	t.Parallel()
+	gateway := tokenwiretest.NewGateway(t)
+	proxy, connections := counted(t, gateway.Target, 15*time.Second)
+	client := must[*tokenwire.Client](t)(tokenwire.New(proxy, tokenwire.WithPing(10*time.Second)))
+	defer client.Close()
+	must[[]tokenwire.Model](t)(client.Models(ctx))
+	time.Sleep(20 * time.Second)
+	must[[]tokenwire.Model](t)(client.Models(ctx))
+	equal(t, "connections", connections.Load(), 1)
+}
+
 func TestTheProxyOfTheIdleTestDropsWhatIsSilent(t *testing.T) {
 	t.Parallel()
 	gateway := tokenwiretest.NewGateway(t)
@@ -148,6 +161,13 @@ func TestTheProxyOfTheIdleTestDropsWhatIsSilent(t *testing.T) {
 // impatient is a proxy before target that drops a connection over which its client has sent
 // nothing for so long.
 func impatient(t *testing.T, target string, patience time.Duration) string {
+	proxy, _ := counted(t, target, patience)
+	return proxy
+}
+
+// counted is an impatient proxy with the number of its connections.
+func counted(t *testing.T, target string, patience time.Duration) (string, *atomic.Int64) {
+	var connections atomic.Int64
 	listener := must[net.Listener](t)(net.Listen("tcp", "127.0.0.1:0"))
 	t.Cleanup(func() { listener.Close() })
 	pipe := func(from, to net.Conn, heard *atomic.Int64) {
@@ -173,6 +193,7 @@ func impatient(t *testing.T, target string, patience time.Duration) string {
 			if err != nil {
 				return
 			}
+			connections.Add(1)
 			server, err := net.Dial("tcp", target)
 			if err != nil {
 				client.Close()
@@ -190,5 +211,5 @@ func impatient(t *testing.T, target string, patience time.Duration) string {
 			}()
 		}
 	}()
-	return listener.Addr().String()
+	return listener.Addr().String(), &connections
 }

@@ -8,13 +8,17 @@ import (
 )
 
 // TestReadme holds every Go snippet of the README against the examples, which are compiled and run:
-// a snippet must stand in example_test.go line for line, but for the indentation.
+// a snippet must stand in example_test.go, or be examples/story, line for line but for the indentation.
 func TestReadme(t *testing.T) {
 	readme, err := os.ReadFile("README.md")
 	if err != nil {
 		t.Fatal(err)
 	}
 	code, err := os.ReadFile("example_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	story, err := os.ReadFile("examples/story/main.go")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -25,7 +29,7 @@ func TestReadme(t *testing.T) {
 		}
 		return strings.Join(lines, "\n")
 	}
-	examples := "\n" + unindented(string(code))
+	examples := "\n" + unindented(string(code)+string(story))
 	snippets := regexp.MustCompile("(?ms)^```go\n(.*?)^```").FindAllStringSubmatch(string(readme), -1)
 	if sections := strings.Count(string(readme), "\n## "); len(snippets) < sections-2 {
 		t.Errorf("found %d snippets in %d sections", len(snippets), sections)

@@ -375,8 +375,21 @@ func TestABatchThatFailsAsAWholeKeepsWhatArrived(t *testing.T) {
 	equal(t, "not arrived", failure(t, results[0].Err).Code, codes.DeadlineExceeded)
 	equal(t, "custom id", results[0].CustomID, "a")
 
+	gateway.Hang().Reply(tokenwiretest.Text("two"))
+	leaving, leave := context.WithCancel(ctx)
+	defer leave()
+	go func() {
+		for len(gateway.Calls()) < 2 {
+			time.Sleep(5 * time.Millisecond)
+		}
+		time.Sleep(300 * time.Millisecond) // the second result has arrived
+		leave()
+	}()
+	_, err := client.BatchOrdered(leaving, three[:2])
+	equal(t, "who left has no results", errors.Is(err, context.Canceled), true)
+
 	gateway.Close()
-	_, err := client.BatchOrdered(ctx, three)
+	_, err = client.BatchOrdered(ctx, three)
 	equal(t, "nothing arrived", failure(t, err).Code, codes.Unavailable)
 	for _, err := range client.Batch(ctx, three) {
 		equal(t, "nothing arrived", failure(t, err).Code, codes.Unavailable)
@@ -402,10 +415,13 @@ func TestTimeToFirstTokenIsToTheFirstOutput(t *testing.T) {
 	gateway.Reply(tokenwiretest.Delta(&pb.Delta{ChoiceIndex: 1}), tokenwiretest.Reasoning("hm"), tokenwiretest.Text("ok"))
 	stream := client.Stream(ctx, hi)
 	var known []bool
+	times := map[time.Duration]bool{}
 	for _, err := range stream.All() {
-		_, ok := stream.TimeToFirstToken()
+		ttft, ok := stream.TimeToFirstToken()
 		known = append(known, ok || err != nil)
+		times[ttft] = true
 	}
+	equal(t, "times: none yet, and one", len(times), 2)
 	equal(t, "after header, empty delta, reasoning, ...", fmt.Sprint(known), "[false false true true true true true]")
 }
 

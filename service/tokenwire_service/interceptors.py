@@ -26,7 +26,18 @@ from tokenwire_service.errors import GatewayError, Violation, invalid
 from tokenwire_service.telemetry import CallEvent, CallSpan, Observer, Tracer
 from tokenwire_service.wording import printable
 
-_PREFIX = "/tokenwire.v1."
+# What may be asked without saying who asks. Every other RPC, whatever service it is of, passes the
+# boundary. docs/security.md has the same list.
+OPEN_RPCS = frozenset(
+    {
+        "/grpc.health.v1.Health/Check",
+        "/grpc.health.v1.Health/List",
+        "/grpc.health.v1.Health/Watch",
+        # Only where the setting `reflection` has them answered at all.
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    }
+)
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _MOMENT = 0.05  # seconds
 _MAX_DETAIL_BYTES = 2048  # trailers beyond about 8 kB turn into RESOURCE_EXHAUSTED
@@ -111,7 +122,7 @@ class CallContext:
 
 
 class Boundary(grpc.aio.ServerInterceptor):
-    """Wraps every handler of tokenwire.v1; health and reflection pass untouched.
+    """Wraps every handler but those of OPEN_RPCS, which pass untouched.
 
     Messages pass gRPC as bytes: what cannot be read or is too large to send is then an error
     like any other, with details.
@@ -162,8 +173,10 @@ class Boundary(grpc.aio.ServerInterceptor):
         if known is not None:
             return known
         handler = await continuation(handler_call_details)
-        if handler is None or not method.startswith(_PREFIX):
+        if handler is None or method in OPEN_RPCS:
             return handler
+        if handler.request_streaming:
+            return None  # not served: the boundary knows none of that kind
         read = handler.request_deserializer
         if handler.response_streaming:
             wrapped: Any = grpc.unary_stream_rpc_method_handler(

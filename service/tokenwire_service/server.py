@@ -349,8 +349,8 @@ async def _admin(
         servicer,  # type: ignore[arg-type]
         server,
     )
-    if config.reflection:
-        _add_reflection(server, (ADMIN_SERVICE,))
+    # Here the setting does not count: whoever reaches this port is an operator.
+    _add_reflection(server, (ADMIN_SERVICE, *SERVICES, HEALTH_SERVICE))
     umask = os.umask(0o177)  # a unix socket, unlike the loopback interface, knows who asks
     try:
         address = _listen(server, configured or DEFAULT_ADMIN, "admin.listen")

@@ -690,7 +690,7 @@ class Config(Struct, frozen=True, kw_only=True):
     timeouts: Timeouts = Timeouts()
     connections: Connections = Connections()
     drain: Drain = Drain()
-    # Whether the port answers grpc.reflection.
+    # Whether the port for callers answers grpc.reflection. That for operators always does.
     reflection: bool = True
     log: Log = Log()
     retries: Retries = Retries()

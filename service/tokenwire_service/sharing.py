@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -34,8 +34,8 @@ async def started(redis: Redis | None, logger: logging.Logger) -> AsyncIterator[
         return
     store = Store(redis, (*quotas.SCRIPTS, *sharedkeys.SCRIPTS), logger)
     shared = Shared(Quotas(store), SharedKeys(store), store)
-    running = (store.run(), shared.quotas.run(), shared.keys.run())
-    tasks = [asyncio.ensure_future(each) for each in running]
+    running = (store.run, shared.quotas.run, shared.keys.run)
+    tasks = [asyncio.ensure_future(_lasting(each, logger)) for each in running]
     try:
         await store.tried()
         yield shared
@@ -46,3 +46,13 @@ async def started(redis: Redis | None, logger: logging.Logger) -> AsyncIterator[
         for task in tasks:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+
+
+async def _lasting(run: Callable[[], Awaitable[None]], logger: logging.Logger) -> None:
+    """A defect must not end it in silence."""
+    while True:
+        try:
+            await run()
+        except Exception:
+            logger.exception("defect", extra={"fields": {"where": "shared state"}})
+            await asyncio.sleep(1)

@@ -627,4 +627,36 @@ MUTANTS = (
         '        if len(found["traceparent"]) > 1:',
         ("tests/service/test_traceparent.py",),
     ),
+    # --- leaving, and another configuration ---
+    Mutant(
+        "who drains is alive",
+        "        for name in self._ready:\n            await self.set(name, _NOT_SERVING)",
+        "        for name in (*self._ready, LIVENESS):\n"
+        "            await self.set(name, _NOT_SERVING)",
+        ("tests/service/test_health_and_reflection.py",),
+    ),
+    Mutant(
+        "an RPC that is on no list needs a token",
+        "        if handler is None or method in OPEN_RPCS:",
+        '        if handler is None or not method.startswith("/tokenwire."):',
+        ("tests/service/test_callers.py",),
+    ),
+    Mutant(
+        "what cannot change while it runs stays",
+        "            if path in RELOADED or was == would:",
+        "            if True:",
+        ("tests/unit/test_reload.py",),
+    ),
+    Mutant(
+        "a configuration that is being written is not read",
+        "        if asked or (settled and look != self._tried):",
+        "        if asked or look != self._tried:",
+        ("tests/unit/test_reload.py",),
+    ),
+    Mutant(
+        "what an upstream's running calls use is closed after them",
+        "            await self._boundary.passed()\n",
+        "            pass\n",
+        ("tests/service/test_reload.py",),
+    ),
 )

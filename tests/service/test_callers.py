@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +34,12 @@ from tokenwire.v1 import (
     tokenizer_service_pb2,
 )
 from tokenwire_service.config import Caller, Config, Tls
+from tokenwire_service.interceptors import OPEN_RPCS
 from tokenwire_service.secret import Digest
 from tokenwire_service.settings import HealthPort
 from tokenwire_service.simulator import Simulator
 
+ROOT = Path(__file__).parents[2]
 Simulated = tuple[Simulator, str]
 Code = grpc.StatusCode
 TOKEN = "token-of-search"
@@ -112,6 +116,52 @@ async def test_a_known_caller_is_and_stands_in_the_record(
         assert [message async for message in answer]
     assert gateway.events.calls[-1].caller == "search"
     assert TOKEN not in repr(gateway.events.calls)
+
+
+async def test_what_needs_no_token_is_on_the_list_and_nothing_else(
+    start: Start, simulator: Simulated
+) -> None:
+    gateway = await start(upstream(simulator[1]), callers=(search(),))
+
+    async def needs_a_token(path: str) -> bool:
+        call = gateway.channel.unary_stream(path)(b"", timeout=10.0)
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            if await call.read() is not grpc.aio.EOF:
+                call.cancel()  # it answers; some do so for ever
+        assert await call.code() is not Code.UNIMPLEMENTED, path
+        return await call.code() is Code.UNAUTHENTICATED
+
+    served = set(RPCS) | {
+        f"/{service}/{method}"
+        for service, methods in (
+            ("grpc.health.v1.Health", ("Check", "List", "Watch")),
+            ("grpc.reflection.v1.ServerReflection", ("ServerReflectionInfo",)),
+            ("grpc.reflection.v1alpha.ServerReflection", ("ServerReflectionInfo",)),
+        )
+        for method in methods
+    }
+    assert {path for path in served if not await needs_a_token(path)} == OPEN_RPCS
+    documented = (ROOT / "docs/security.md").read_text(encoding="utf-8")
+    section = documented.partition("## What needs no token")[2].partition("## ")[0]
+    assert set(re.findall(r"`(/[\w./]+)`", section)) == OPEN_RPCS
+
+
+async def test_a_service_that_is_on_no_list_needs_a_token(
+    start: Start, simulator: Simulated
+) -> None:
+    """One that somebody adds beside the contract, and forgets."""
+
+    async def tell(request: bytes, context: object) -> bytes:
+        return b"told"
+
+    new = grpc.method_handlers_generic_handler(
+        "somebody.v1.Elses", {"Tell": grpc.unary_unary_rpc_method_handler(tell)}
+    )
+    gateway = await start(upstream(simulator[1]), callers=(search(),))
+    gateway.running.server.add_generic_rpc_handlers((new,))
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await gateway.channel.unary_unary("/somebody.v1.Elses/Tell")(b"")
+    assert refused.value.code() is Code.UNAUTHENTICATED
 
 
 async def test_health_is_open(start: Start, simulator: Simulated) -> None:

@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 from harness import Start, Stubs, failing, request, upstream
+from tokenwire_service.settings import Admin
 from tokenwire_service.simulator import Simulator
 
 Simulated = tuple[Simulator, str]
@@ -132,6 +133,23 @@ async def test_reflection_can_be_switched_off(start: Start, simulator: Simulated
             )
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
     assert (await gateway.chat.Chat(request())).choices[0].message.content != ""
+
+
+async def test_the_port_for_operators_answers_reflection_where_that_for_callers_does_not(
+    start: Start, simulator: Simulated
+) -> None:
+    gateway = await start(
+        upstream(simulator[1]), reflection=False, admin=Admin(listen="127.0.0.1:0")
+    )
+    async with grpc.aio.insecure_channel(gateway.running.admin) as channel:
+        call = channel.stream_stream(
+            "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+            request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+            response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+        )(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+        (listed,) = [answer async for answer in call]
+    names = {service.name for service in listed.list_services_response.service}
+    assert names >= OURS | {"tokenwire.admin.v1.AdminService"}
 
 
 def frame(kind: int, payload: bytes = b"", flags: int = 0) -> bytes:

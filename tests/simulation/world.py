@@ -423,6 +423,7 @@ class _Caller:
         wanted = None if dice > 0.6 else 10 ** chance.uniform(shortest, 2.5)
         self._until = math.inf if wanted is None else now + wanted
         self._batch = batch
+        self.span = None  # nothing is traced
         method = "item" if batch else chance.choice(["chat", "stream", "stream", "cumulative"])
         self._records: list[CallRecord] = []
         self._chats: list[chat_service_pb2.ChatRequest] = []

@@ -115,13 +115,17 @@ def test_no_token_in_any_repr() -> None:
 
 
 def test_options() -> None:
-    options = dict(endpoint(options=[("grpc.keepalive_time_ms", 5), ("grpc.x", 1)]).options)
-    assert options["grpc.keepalive_time_ms"] == 5
-    assert options["grpc.x"] == 1
-    assert options["grpc.max_send_message_length"] == 32 * 1024 * 1024
-    assert options["grpc.max_receive_message_length"] == 32 * 1024 * 1024
-    assert options["grpc.keepalive_permit_without_calls"] == 1
-    assert dict(endpoint().options)["grpc.keepalive_time_ms"] == 30_000
+    built_in = dict(endpoint().options)
+    assert {name: value for name, value in built_in.items() if isinstance(value, int)} == {
+        "grpc.max_send_message_length": 32 * 1024 * 1024,
+        "grpc.max_receive_message_length": 32 * 1024 * 1024,
+        "grpc.keepalive_time_ms": 30_000,
+        "grpc.keepalive_timeout_ms": 20_000,
+        "grpc.keepalive_permit_without_calls": 1,
+        "grpc.http2.max_pings_without_data": 0,
+    }
+    own = dict(endpoint(options=[("grpc.keepalive_time_ms", 5), ("grpc.x", 1)]).options)
+    assert own == {**built_in, "grpc.keepalive_time_ms": 5, "grpc.x": 1}
 
 
 def test_every_method_of_the_contract_retries_what_no_gateway_has_answered() -> None:
@@ -138,6 +142,7 @@ def test_every_method_of_the_contract_retries_what_no_gateway_has_answered() -> 
     assert method_config["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE", "CANCELLED"]
     assert method_config["retryPolicy"]["maxAttempts"] == 3
     assert config["loadBalancingConfig"] == [{"round_robin": {}}]
+    assert config["retryThrottling"] == {"maxTokens": 100, "tokenRatio": 0.1}
 
 
 def test_deadlines() -> None:

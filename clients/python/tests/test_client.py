@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -206,6 +207,7 @@ def test_ok_without_a_trailer_is_an_error(
 
     assert (error.code, error.reason) == (grpc.StatusCode.INTERNAL, "STREAM_INCOMPLETE")
     assert error.partial_text == "".join(parts)
+    assert error.request_id == error.partial.request_id == gateway.calls[0].metadata["x-request-id"]
     with pytest.raises(TokenwireError, match="STREAM_INCOMPLETE"):
         stream.reply()
 
@@ -279,9 +281,13 @@ def test_a_deadline_ends_a_silent_call(client: Any, gateway: FakeGateway) -> Non
     assert all(call.wait_cancelled() for call in gateway.calls)
 
 
-@pytest.mark.parametrize("method", ["chat", "stream"])
-def test_unavailable_is_tried_again(client: Any, gateway: FakeGateway, method: str) -> None:
-    gateway.fail("GATEWAY_DRAINING").reply("ok")
+@pytest.mark.parametrize(
+    ("method", "reason"), [("chat", "GATEWAY_DRAINING"), ("stream", "GATEWAY_OVERLOADED")]
+)
+def test_unavailable_is_tried_again(
+    client: Any, gateway: FakeGateway, method: str, reason: str
+) -> None:
+    gateway.fail(reason).reply("ok")
 
     if method == "chat":
         assert client.call("chat", "Hi", model="m").text == "ok"
@@ -552,6 +558,30 @@ def test_batch_results_of_no_item_or_two_of_one_are_refused(indexes: list[int]) 
         assert caught.value.reason == "STREAM_INCOMPLETE"
         with pytest.raises(TokenwireError, match="none of the batch or had one"):
             client.batch_ordered(["a", "b"], model="m")
+
+
+def test_a_batch_that_is_refused_here_ends_there() -> None:
+    left = threading.Event()
+
+    def answers(_request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        context.add_callback(left.set)
+        yield BatchChatResponse(index=7, response=ChatResponse()).SerializeToString()
+        left.wait(30)
+
+    class Open(grpc.GenericRpcHandler):
+        def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+            return grpc.unary_stream_rpc_method_handler(answers)
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_generic_rpc_handlers((Open(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with Client(f"127.0.0.1:{port}") as client:
+        batch = client.batch(["a"], model="m")  # which stays in a hand
+        with pytest.raises(TokenwireError, match="none of the batch"):
+            next(batch)
+        assert left.wait(20)
+    server.stop(0)
 
 
 def test_an_ok_that_lacks_what_was_asked_for_is_an_error() -> None:

@@ -535,6 +535,16 @@ async def test_closing_the_client_does_not_cancel_the_tasks_that_use_it(
     assert not task.cancelled()
 
 
+def test_an_ordered_batch_that_was_left_is_no_result(gateway: FakeGateway) -> None:
+    gateway.hang().reply("two")
+    with gateway.client() as client, client.batch(["1", "2"], model="m") as batch:
+        assert next(batch).unwrap().text == "two"
+        batch.close()
+        with pytest.raises(TokenwireError) as caught:
+            batch.ordered()
+        assert caught.value.code is grpc.StatusCode.CANCELLED
+
+
 async def test_leaving_an_async_batch(gateway: FakeGateway, aclient: AsyncClient) -> None:
     gateway.hang().reply("two")
     async for result in aclient.batch(["1", "2"], model="m"):

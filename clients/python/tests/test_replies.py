@@ -44,6 +44,12 @@ def folded(*events: Any) -> Accumulator:
     return answer
 
 
+def test_usage_that_nobody_reported_is_not_zero() -> None:
+    answer = folded(Delta(content="a"), StreamChatResponse(trailer=StreamTrailer()))
+    assert answer.is_complete
+    assert not answer.so_far().proto.HasField("usage")
+
+
 def test_every_field_of_a_stream_is_kept() -> None:
     answer = folded(
         StreamChatResponse(header=ResponseHeader(id="x", model="m", extra_json='{"a": 1, "b": 1}')),
@@ -51,7 +57,8 @@ def test_every_field_of_a_stream_is_kept() -> None:
         Delta(reasoning="be"),
         Delta(reasoning="cause", extra_json='{"audio": {"data": "ab", "n": 1}, "list": [1]}'),
         Delta(content="lo", logprobs=[TokenLogprob(token="lo", logprob=-2)]),
-        Delta(annotations=[Annotation(url="u")]),
+        Delta(annotations=[Annotation(url="u")], refusal="No"),
+        Delta(refusal=", sorry"),
         Delta(extra_json='{"audio": {"data": "cd", "n": 2}, "list": [2]}'),
         StreamChatResponse(
             finish=Finish(
@@ -78,6 +85,7 @@ def test_every_field_of_a_stream_is_kept() -> None:
                     role="assistant",
                     content="Hello",
                     reasoning="because",
+                    refusal="No, sorry",
                     annotations=[Annotation(url="u")],
                 ),
                 finish_reason=FinishReason.FINISH_REASON_STOP,

@@ -609,6 +609,10 @@ mod tests {
         let failures: Vec<_> =
             locked(replicas).all.iter().map(|replica| replica.failures).collect();
         assert_eq!(failures, [1, 0]);
+        // One that is named twice, as names in several files are, has one turn.
+        let twice = vec!["10.0.0.5:1".to_owned(), "10.0.0.5:1".to_owned()];
+        locked(replicas).become_these(settings, twice).unwrap();
+        assert_eq!(locked(replicas).all.len(), 1);
     }
 
     /// The types of the frames that a client sends, over a connection that stays idle.

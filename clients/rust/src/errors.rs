@@ -390,3 +390,25 @@ fn detail<M: Message + Default>(status: &pb::Status, name: &str) -> Option<M> {
         // A damaged detail is no reason to hide the error it came with.
         .find_map(|packed| M::decode(&*packed.value).ok())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_damaged_detail_hides_no_other() {
+        let info = pb::ErrorInfo {
+            reason: "RATE_LIMITED".to_owned(),
+            domain: "tokenwire".to_owned(),
+            ..pb::ErrorInfo::default()
+        };
+        let packed = |value| prost_types::Any {
+            type_url: "type.googleapis.com/google.rpc.ErrorInfo".to_owned(),
+            value,
+        };
+        let details = vec![packed(vec![0xff]), packed(info.encode_to_vec())];
+        let status = pb::Status { code: 8, message: String::new(), details };
+        let error = Error::from_proto(status, String::new());
+        assert_eq!((error.reason(), error.message()), (&Reason::RateLimited, "no message"));
+    }
+}

@@ -661,6 +661,46 @@ mod tests {
     }
 
     #[test]
+    fn every_field_of_a_stream_is_kept() {
+        let mut answer = Accumulator::new();
+        let logprob = |token: &str| v1::TokenLogprob { token: token.into(), ..Default::default() };
+        let note = v1::Annotation { url: "u".into(), ..Default::default() };
+        for (token, refusal) in [("Hel", "No"), ("lo", ", sorry")] {
+            answer.add(delta(v1::Delta {
+                content: token.into(),
+                reasoning: token.into(),
+                refusal: refusal.into(),
+                logprobs: vec![logprob(token)],
+                annotations: vec![note.clone()],
+                ..Default::default()
+            }));
+        }
+        let finish = v1::Finish {
+            finish_reason: FinishReason::Stop.into(),
+            finish_reason_raw: "eos".into(),
+            extra_json: "{}".into(),
+            choice_index: 0,
+        };
+        answer.add(v1::StreamChatResponse { event: Some(Kind::Finish(finish)) });
+        let expected = v1::Choice {
+            index: 0,
+            message: Some(v1::ChatMessage {
+                role: "assistant".into(),
+                content: Some("Hello".into()),
+                reasoning: Some("Hello".into()),
+                refusal: Some("No, sorry".into()),
+                annotations: vec![note.clone(), note],
+                ..NO_MESSAGE
+            }),
+            finish_reason: FinishReason::Stop.into(),
+            finish_reason_raw: "eos".into(),
+            logprobs: vec![logprob("Hel"), logprob("lo")],
+            extra_json: "{}".into(),
+        };
+        assert_eq!(answer.so_far("").proto().choices, [expected]);
+    }
+
+    #[test]
     fn what_came_after_the_header_is_in_the_reply() {
         let mut answer = Accumulator::new();
         let header = v1::ResponseHeader { extra_json: r#"{"a":1}"#.into(), ..Default::default() };

@@ -370,6 +370,8 @@ impl tonic::codegen::Service<http::Request<tonic::body::Body>> for Damaged {
             *answer.body_mut() = tonic::body::Body::new(Frames(frames));
         } else if request.uri().path().ends_with("/Chat") {
             answer.headers_mut().extend(status);
+        } else if request.uri().path().ends_with("/Tokenize") {
+            *answer.status_mut() = http::StatusCode::SERVICE_UNAVAILABLE;
         } else {
             *answer.status_mut() = http::StatusCode::FORBIDDEN;
         }
@@ -410,6 +412,8 @@ async fn what_is_not_quite_grpc_is_an_error_of_its_own() {
     let error = client.models().send().await.unwrap_err();
     assert_eq!((error.code(), error.reason()), (Code::PermissionDenied, &Reason::Unspecified));
     assert!(error.message().contains("403 Forbidden"), "{error}");
+    let error = client.tokenize(["a"]).model("any").send().await.unwrap_err();
+    assert!(error.code() == Code::Unavailable && error.is_retryable(), "{error}");
     server.abort();
 }
 
@@ -920,6 +924,35 @@ async fn dropping_a_batch_cancels_what_is_not_answered() {
     assert_eq!(batch.next().await.unwrap().unwrap().index, 1);
     drop(batch);
     assert!(gateway.calls()[0].was_cancelled().await);
+}
+
+#[tokio::test]
+async fn an_ordered_batch_that_is_cancelled_is_no_result() {
+    let gateway = FakeGateway::start();
+    let none: [&str; 0] = [];
+    gateway.hang(none).reply(["two"]);
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let call = gateway.client().batch(["a", "b"]).model("any").cancel_when(stopped);
+    let mut batch = call.send().await.unwrap();
+    assert!(batch.next().await.unwrap().unwrap().result.is_ok());
+    stop.send(()).unwrap();
+    assert_eq!(batch.ordered().await.unwrap_err().code(), Code::Cancelled);
+}
+
+#[tokio::test]
+async fn every_call_can_be_cancelled() {
+    let gateway = FakeGateway::start();
+    let client = gateway.client();
+    let now = || std::future::ready(());
+    let codes = [
+        client.models().cancel_when(now()).send().await.unwrap_err().code(),
+        client.model("any").cancel_when(now()).send().await.unwrap_err().code(),
+        client.count_tokens("a").model("any").cancel_when(now()).send().await.unwrap_err().code(),
+        client.tokenize(["a"]).model("any").cancel_when(now()).send().await.unwrap_err().code(),
+        client.batch(["a"]).model("any").cancel_when(now()).send().await.unwrap_err().code(),
+    ];
+    assert_eq!(codes, [Code::Cancelled; 5]);
+    assert!(gateway.calls().is_empty());
 }
 
 #[tokio::test]
