@@ -323,13 +323,17 @@ class Quotas:
         return Grant(self, self._found(subject, limits), self._name(), 0, day, tokens)
 
     async def run(self) -> None:
-        """Renews what runs, until cancelled."""
+        """Renews what runs, and forgets who has gone, until cancelled."""
         while True:
             await self._sleep(self._lease / _RENEWALS)
-            for subject in self._subjects.values():
+            today = int(self._clock() // _DAY)
+            for name, subject in list(self._subjects.items()):
+                self._trim(subject)
                 if subject.leases:
                     lasts = int(self._lease * 1000)
                     self._store.post(_RENEW, subject.keys, (lasts, *subject.leases))
+                elif not subject.taken and (not subject.today or subject.day < today):
+                    del self._subjects[name]
 
     # --- inside -------------------------------------------------------------------------
 
@@ -347,8 +351,7 @@ class Quotas:
     def _took(self, subject: _Subject, tokens: int, day: int, *, told: bool) -> _Taken:
         """Remembers one request."""
         now = self._now()
-        while subject.taken and subject.taken[0].at <= now - self._minute - 2 * BUCKET:
-            subject.taken.popleft()
+        self._trim(subject)
         if not subject.taken or subject.taken[-1].at + BUCKET <= now:
             subject.taken.append(_Taken(now))
         taken = subject.taken[-1]
@@ -359,16 +362,22 @@ class Quotas:
             taken.untold_tokens += tokens
         if day > subject.day:
             subject.day, subject.today, subject.untold_today = day, 0, 0
-        if day == subject.day:
+        if day == subject.day and subject.limits.tokens_per_day:
             subject.today += tokens
             subject.untold_today += 0 if told else tokens
         return taken
+
+    def _trim(self, subject: _Subject) -> None:
+        """Forgets what is over a minute ago."""
+        over = self._now() - self._minute - 2 * BUCKET
+        while subject.taken and subject.taken[0].at <= over:
+            subject.taken.popleft()
 
     def _corrected(self, subject: _Subject, taken: _Taken, day: int, more: int) -> None:
         told = self._store.here
         taken.tokens += more
         taken.untold_tokens += 0 if told else more
-        if day == subject.day:
+        if day == subject.day and subject.limits.tokens_per_day:
             subject.today += more
             subject.untold_today += 0 if told else more
 

@@ -7,7 +7,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from tokenwire.v1 import (
     chat_service_pb2,
@@ -282,8 +283,7 @@ def begin(
     return Call(chat, context.request_id, context.started, deadline, callers, span=context.span)
 
 
-@dataclass(frozen=True)
-class Reserved:
+class Reserved(NamedTuple):
     """What one chat is expected to cost, and what it has of the limits that replicas share."""
 
     tokens: int

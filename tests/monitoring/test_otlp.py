@@ -16,6 +16,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+import trustme
 from aiohttp import web
 
 from harness import Asked, completion, failing, provider, receive, request, simulate, stream_request
@@ -53,12 +54,14 @@ class Collector:
 
 
 @asynccontextmanager
-async def collecting(program: str, folder: Path) -> AsyncIterator[Collector]:
-    endpoint = f"127.0.0.1:{free_port()}"
+async def collecting(
+    program: str, folder: Path, tls: dict[str, str] | None = None
+) -> AsyncIterator[Collector]:
+    endpoint = f"localhost:{free_port()}"
     folder.mkdir(exist_ok=True)
     kinds = {"traces": "resourceSpans", "metrics": "resourceMetrics"}
     config = {
-        "receivers": {"otlp": {"protocols": {"grpc": {"endpoint": endpoint}}}},
+        "receivers": {"otlp": {"protocols": {"grpc": {"endpoint": endpoint, "tls": tls}}}},
         "exporters": {
             f"file/{signal_}": {"path": f"{folder}/{kind}.json", "flush_interval": "50ms"}
             for signal_, kind in kinds.items()
@@ -81,7 +84,7 @@ async def collecting(program: str, folder: Path) -> AsyncIterator[Collector]:
                 while b"Everything is ready" not in (folder / "otelcol.log").read_bytes():
                     assert process.returncode is None, (folder / "otelcol.log").read_text()
                     await asyncio.sleep(0.05)
-            yield Collector(f"http://{endpoint}", folder)
+            yield Collector(f"http{'s' if tls else ''}://{endpoint}", folder)
             process.terminate()  # it writes what it has
             async with asyncio.timeout(20):
                 await process.wait()
@@ -389,6 +392,31 @@ def test_the_page_tells_every_attribute_and_metric(seen: Seen) -> None:
         points = metric["histogram"]["dataPoints"]
         names = {name for point in points for name in attributes(point["attributes"])}
         assert names <= set(re.findall(r"`([\w.]+)`", page)), metric["name"]
+
+
+async def test_by_tls_to_a_collector_whose_authority_a_standard_variable_names(
+    otelcol: str, tmp_path: Path
+) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    own = authority.issue_cert("localhost")
+    own.private_key_pem.write_to_path(tmp_path / "tls.key")
+    own.cert_chain_pems[0].write_to_path(tmp_path / "tls.crt")
+    tls = {"cert_file": f"{tmp_path}/tls.crt", "key_file": f"{tmp_path}/tls.key"}
+    async with (
+        Simulator(tokens_per_second=0).serving() as url,
+        collecting(otelcol, tmp_path / "collector", tls) as collector,
+    ):
+        otlp = {"endpoint": collector.endpoint, "metrics": False}
+        top: dict[str, Any] = {"admin": {"listen": "off"}, "drain": {"propagation": "0s"}}
+        config = write_config(tmp_path, url, otlp=otlp, **top)
+        variables = {"TEST_KEY": KEYS, "OTEL_EXPORTER_OTLP_CERTIFICATE": f"{tmp_path}/ca.pem"}
+        async with serve("--config", config, **variables) as gateway:
+            await gateway.chat.Chat(request())
+            gateway.signal(signal.SIGTERM)  # the drain, too, sends what waits
+            assert await gateway.exit_code() == 0
+        assert gateway.event("spans lost") is None, gateway.lines
+    assert len(spans(collector.received("resourceSpans"))) == 2
 
 
 # --- a collector that is away ---------------------------------------------------------------

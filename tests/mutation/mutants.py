@@ -659,4 +659,53 @@ MUTANTS = (
         "            pass\n",
         ("tests/service/test_reload.py",),
     ),
+    # --- what replicas share: these need a redis-server ---
+    Mutant(
+        "a caller that leaves while Redis decides holds no slot there",
+        "            self._finish(found, lease, 0, 0, 0, 0)\n            raise",
+        "            raise",
+        ("tests/shared/test_quotas.py",),
+    ),
+    Mutant(
+        "what a dead replica had running counts no more",
+        "  redis.call('ZREMRANGEBYSCORE', KEYS[5], '-inf', now)\n",
+        "",
+        ("tests/shared/test_quotas.py",),
+    ),
+    Mutant(
+        "no sixty seconds let more through than the limit, over all replicas",
+        "  local last = math.floor((now - window) / BUCKET) - 1",
+        "  local last = math.floor((now - window) / BUCKET) + 5",
+        ("tests/shared/test_quotas.py",),
+    ),
+    Mutant(
+        "a Redis that has forgotten is told everything of the last minute",
+        "taken.untold_requests, taken.untold_tokens = taken.requests, taken.tokens",
+        "pass",
+        ("tests/shared/test_quotas.py",),
+    ),
+    Mutant(
+        "while Redis is away and on_failure is closed, nobody with limits is served",
+        "            if not self._quotas.closed:\n                return None\n",
+        "            if True:\n                return None\n",
+        ("tests/shared/test_replicas.py",),
+    ),
+    Mutant(
+        "a key that one replica retires is left alone by the others",
+        "            self.tell(_told(place, key, block,",
+        "            (_told(place, key, block,",
+        ("tests/shared/test_keys.py",),
+    ),
+    Mutant(
+        "a shorter closure that is told does not undo a longer one",
+        "        if closed.until <= block.until:\n            return False",
+        "        if False:\n            return False",
+        ("tests/shared/test_keys.py",),
+    ),
+    Mutant(
+        "what Redis refuses costs a key nothing",
+        "                spent.window.correct(spent, 0)\n",
+        "                pass\n",
+        ("tests/shared/test_keys.py",),
+    ),
 )

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
 from harness import until
-from redis_server import RedisServer
+from redis_server import RedisServer, redis_server
 from tokenwire_service.config import Redis
 from tokenwire_service.quotas import SCRIPTS, Grant, Limits, Quotas, Refusal
 from tokenwire_service.store import AwayError, Script, Store
@@ -286,6 +289,35 @@ async def test_each_window_is_restored_whatever_was_lost(redis: RedisServer) -> 
         assert len(granted([await one.reserve(limits, 100) for _ in range(10)])) == 6
 
 
+async def test_what_redis_kept_on_disk_is_told_nothing_but_what_it_missed(tmp_path: Path) -> None:
+    limits = Limits(requests_per_minute=10, in_flight=8, tokens_per_day=10_000)
+    async with (
+        redis_server(tmp_path, persistent=True) as redis,
+        replicas(redis, 2) as (one, other),
+    ):
+        for each in (one, one, other, other):
+            assert granted([await each.reserve(limits, 100)])
+        await redis.kill()
+        await until(lambda: not one.store.here and not other.store.here)
+        one.take(limits, 100)
+        await redis.start()
+        await until(lambda: one.store.here and other.store.here)
+        assert len(granted([await one.reserve(limits, 100) for _ in range(10)])) == 3  # eight run
+        assert "'total': '8'" in await redis.contents()
+        assert "'spent': '800'" in await redis.contents()
+
+
+async def test_who_has_gone_is_forgotten(redis: RedisServer) -> None:
+    async with replicas(redis, 1, minute=0.2, lease=0.2) as (one,):
+        running = await one.reserve(Limits(in_flight=1))
+        assert isinstance(running, Grant)
+        for name in "bcd":
+            await one.quotas.reserve(f"caller:{name}", Limits(requests_per_minute=1), 1)
+        await until(lambda: list(one.quotas._subjects) == ["caller:a"])
+        running.close()
+        await until(lambda: not one.quotas._subjects)
+
+
 @pytest.mark.parametrize("forgotten", ["FLUSHALL", "SCRIPT FLUSH", "DEBUG RELOAD"])
 async def test_whatever_becomes_of_its_data_calls_go_on(redis: RedisServer, forgotten: str) -> None:
     limits = Limits(requests_per_minute=3)
@@ -299,3 +331,9 @@ async def test_whatever_becomes_of_its_data_calls_go_on(redis: RedisServer, forg
             await one.reserve(Limits(in_flight=1))
         await until(lambda: one.store.here)
         assert len(granted([await one.reserve(limits) for _ in range(5)])) == 2
+
+
+def test_without_it_nothing_of_it_is_loaded() -> None:
+    code = "import sys, tokenwire_service.server; sys.exit(str({'redis'} & {*sys.modules} or ''))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stderr.strip() == ""

@@ -156,6 +156,7 @@ WALL_CLOCK = {
     "upstream/classify.py",
     "telemetry.py",
     "callers.py",  # whose budget is one of a calendar day
+    "quotas.py",  # the same, over all replicas
     "cli.py",
     "demo.py",
     "simulated.py",
