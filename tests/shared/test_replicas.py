@@ -72,7 +72,8 @@ async def gateways(
         models = {name: {"upstream": name} for name in UPSTREAMS}
         config = folder / f"{len(list(folder.iterdir()))}.yaml"
         written = {"callers": callers, "redis": shared, "upstreams": upstreams, "models": models}
-        config.write_text(json.dumps({**written, "admin": {"listen": "off"}}))
+        written |= {"admin": {"listen": "off"}, "drain": {"propagation": "0s", "grace": "100ms"}}
+        config.write_text(json.dumps(written))
         variables = {**TOKENS, "TEST_KEY": KEYS}
         yield [
             await stack.enter_async_context(serve("--config", str(config), **variables))
@@ -302,9 +303,11 @@ async def test_a_key_that_closes_on_one_replica_is_left_alone_by_the_others_with
             assert secret not in found
 
 
-async def test_a_start_without_redis_is_a_start(redis: RedisServer, tmp_path: Path) -> None:
+async def test_one_that_starts_stalls_and_ends_without_redis(
+    redis: RedisServer, tmp_path: Path
+) -> None:
     await redis.kill()
-    async with gateways(tmp_path, redis, 1) as (one,):
+    async with gateways(tmp_path, redis, 1, timeout="1s", lease="10m") as (one,):
         load = Load([one], "many")
         await load.ask(0)
         assert load.total == 1
@@ -313,3 +316,16 @@ async def test_a_start_without_redis_is_a_start(redis: RedisServer, tmp_path: Pa
         await load.ask(0)
         assert load.total == 2
         assert "caller:many" in await redis.contents()
+        # It answers nobody: calls wait for it once, and none is lost.
+        redis.freeze()
+        await asyncio.gather(*(load.ask(0) for _ in range(20)))
+        redis.thaw()
+        await until(every([one], "redis is here", 2))
+        assert (load.total, load.failures) == (22, [])
+        # What ends with the gateway is told: nobody waits ten minutes for its slot.
+        stream = await held(one, "slots")
+        assert "caller:slots:running" in await redis.contents()
+        one.signal(signal.SIGTERM)
+        await one.exit_code()
+        assert (await stream).failure is not None
+        assert "caller:slots:running" not in await redis.contents()
