@@ -63,7 +63,7 @@ async def gateways(
         name: {"tokens": [{"env": name.upper()}], **limits} for name, limits in CALLERS.items()
     }
     # The machine may be busy: only one that is killed is away.
-    shared = {"url": server.url, "on_failure": "open", "lease": "2s", "timeout": "10s", **redis}
+    shared = {"url": server.url, "on_failure": "open", "lease": "3s", "timeout": "10s", **redis}
     async with Simulator(tokens_per_second=0).serving() as url, AsyncExitStack() as stack:
         upstreams = {
             name: {"base_url": url, "keys": [{"env": "TEST_KEY", "id": "k", **limits}]}
@@ -158,7 +158,7 @@ async def test_limits_hold_over_three_replicas(redis: RedisServer, tmp_path: Pat
     async with gateways(tmp_path, redis) as three:
         few = Load(three, "few")
         # With two keys of 60 requests a minute; a caller without limits, who will not wait for it.
-        keys = Load(three, "free", "limited", seconds=5.0)
+        keys = Load(three, "free", "limited", seconds=20.0)
         await asyncio.gather(
             *(few.ask(index % 3) for index in range(300)),
             *(keys.ask(index % 3) for index in range(180)),
@@ -196,7 +196,7 @@ async def test_limits_hold_over_three_replicas(redis: RedisServer, tmp_path: Pat
             running.append(await held(three[1], "free", "narrow"))
         # The slots of those that live are renewed: there is one more, not two.
         running.append(await held(three[1], "slots"))
-        await asyncio.sleep(2.5)
+        await asyncio.sleep(3.5)
         refused = Load(three, "slots")
         await refused.ask(2)
         assert refused.reasons == {"CALLER_QUOTA_EXCEEDED": 1}
