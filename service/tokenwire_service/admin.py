@@ -19,6 +19,7 @@ from tokenwire_service.gateway import Gateway
 from tokenwire_service.keyfiles import KeyFiles
 from tokenwire_service.pool import Pool
 from tokenwire_service.recent import Recent, Second
+from tokenwire_service.reload import Revision
 from tokenwire_service.secret import Scrubber
 from tokenwire_service.snapshot import Closure, KeyView, Scope, State
 
@@ -47,6 +48,7 @@ class AdminServicer:
         counters: Counters,
         recent: Recent,
         files: KeyFiles,
+        revision: Revision,
         scrub: Scrubber,
         logger: logging.Logger,
         *,
@@ -58,6 +60,7 @@ class AdminServicer:
         self._counters = counters
         self._recent = recent
         self._files = files
+        self._revision = revision
         self._scrub = scrub
         self._logger = logger
         self._now = now
@@ -140,6 +143,9 @@ class AdminServicer:
                 slots=gateway.slots,
                 retry_budget=gateway.retry_budget,
                 draining=gateway.draining,
+                config_generation=self._revision.generation,
+                config_failures=self._revision.failures,
+                config_problem=self._text(self._revision.problem),
                 calls=[
                     admin_service_pb2.CallCount(method=method, code=code, count=count)
                     for (method, code), count in sorted(self._counters.calls.items())

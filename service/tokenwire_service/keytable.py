@@ -91,6 +91,19 @@ def explained(error: grpc.RpcError, target: str) -> str:
     return _plain(f"{target} answered {code.name}: {error.details()}")
 
 
+def configuration(gateway: admin_service_pb2.Gateway) -> Iterator[str]:
+    """Which one is in force, where it has changed, and what is wrong with its file now."""
+    if gateway.config_problem:
+        problems = gateway.config_problem.splitlines()
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        yield _plain(
+            f"configuration {gateway.config_generation} stays in force, its file is refused: "
+            f"{problems[0]}{more}"
+        )
+    elif gateway.config_generation > 1:
+        yield f"configuration {gateway.config_generation}"
+
+
 def table(listing: admin_service_pb2.ListKeysResponse) -> Iterator[str]:
     """Lines for people: the gateway, then each upstream with its keys."""
     gateway = listing.gateway
@@ -100,6 +113,7 @@ def table(listing: admin_service_pb2.ListKeysResponse) -> Iterator[str]:
         f"{gateway.in_flight} of {gateway.slots} slots, {gateway.queued} queued, "
         f"retry budget {gateway.retry_budget:.1f}"
     )
+    yield from configuration(gateway)
     for upstream in listing.upstreams:
         yield ""
         yield (

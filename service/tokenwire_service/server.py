@@ -215,7 +215,9 @@ async def serving(
             "--listen",
             None if tls is None else lambda: Certificates(tls, logger).credentials(),
         )
-        servicer = AdminServicer(gateway, live.pools, counters, recent, live.files, scrub, logger)
+        servicer = AdminServicer(
+            gateway, live.pools, counters, recent, live.files, revision, scrub, logger
+        )
         admin = await _admin(servicer, config, logger, stack)
         page = await _status_page(servicer, config, logger, stack)
         probes = await _health_port(health_servicer, config, stack)

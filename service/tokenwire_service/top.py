@@ -126,6 +126,8 @@ def _head(
         f"{gateway.in_flight} of {gateway.slots} slots, {gateway.queued} queued, "
         f"retry budget {gateway.retry_budget:.1f}"
     )
+    for line in keytable.configuration(gateway):
+        yield _line(line, "yellow" if gateway.config_problem else "")
     times = [each for each in minute if each.HasField("first_text_p50")]
     middle = sorted(each.first_text_p50.ToNanoseconds() / 1e6 for each in times)
     worst = max((each.first_text_p99.ToNanoseconds() / 1e6 for each in times), default=0.0)

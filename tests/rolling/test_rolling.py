@@ -23,10 +23,10 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from rolling.zone import Zone, serving
 
 from harness import Provider, chunk, completion, event_stream, provider
 from processes import Program, serve, write_config
+from rolling.zone import Zone, serving
 from tokenwire import AsyncClient, TokenwireError
 from wire.programs import program
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from aiohttp import web
+from aiohttp import ClientSession, web
 
 from harness import (
     Provider,
@@ -24,7 +24,7 @@ from harness import (
     stream_request,
     until,
 )
-from processes import Program, begun, serve, write_config
+from processes import Program, begun, ended, serve, write_config
 
 KEYS = ("sk-test-Planted0-abcdefgh", "sk-test-Planted1-ijklmnop")
 FAST = {"key_file_interval": "10ms", "admin": {"listen": "off"}}
@@ -90,9 +90,17 @@ def sockets(gateway: Program, served: Provider) -> int:
     return sum(row[2].endswith(f":{port:04X}") and row[3] == "01" for row in rows)
 
 
+async def scraped(gateway: Program) -> list[str]:
+    """What Prometheus is told, line by line."""
+    address = gateway.event("serving")["metrics"]  # type: ignore[index]
+    async with ClientSession() as session, session.get(f"http://{address}/metrics") as response:
+        return (await response.text()).splitlines()
+
+
 async def test_what_is_wrong_changes_nothing_until_it_is_right(tmp_path: Path) -> None:
     async with provider(answer) as served:
-        config = write_config(tmp_path, served.base_url, **FAST)
+        told = {**FAST, "metrics": {"listen": "127.0.0.1:0"}, "admin": {"listen": "127.0.0.1:0"}}
+        config = write_config(tmp_path, served.base_url, **told)
         keys = tmp_path / "keys"
         upstreams = {
             "test": {"base_url": served.base_url, "keys": [{"file": "keys"}], "passthrough": True}
@@ -103,7 +111,7 @@ async def test_what_is_wrong_changes_nothing_until_it_is_right(tmp_path: Path) -
             assert "limits.in_flight: got 0" in refused["problem"]
             await gateway.chat.Chat(request())
             # A file that is named before it is there is tried again by itself.
-            renamed(tmp_path, served.base_url, upstreams=upstreams, **FAST)
+            renamed(tmp_path, served.base_url, upstreams=upstreams, **told)
             refused = await logged(gateway, "configuration refused", 2)
             assert "upstreams.test.keys[0].file" in refused["problem"]
             await gateway.chat.Chat(request())
@@ -113,10 +121,19 @@ async def test_what_is_wrong_changes_nothing_until_it_is_right(tmp_path: Path) -
             (tmp_path / "tokenwire.yaml").unlink()
             await logged(gateway, "configuration refused", 3)
             await gateway.chat.Chat(request())
+            metrics = await scraped(gateway)
+            target = gateway.event("serving")["admin"]  # type: ignore[index]
+            shown = await ended("keys", "--target", target)
+            live = await ended("top", "--once", "--target", target)
             gateway.signal(signal.SIGTERM)
     used = [asked.headers["authorization"].removeprefix("Bearer ") for asked in served.asked]
     assert used == [KEYS[0], KEYS[0], KEYS[1], KEYS[1]]
     assert len(events(gateway, "configuration refused")) == 3
+    assert "tokenwire_config_generation 2.0" in metrics
+    assert "tokenwire_config_reload_failures_total 3.0" in metrics
+    says = "configuration 2 stays in force, its file is refused: "
+    assert says in shown.out
+    assert says in live.out
     assert "Planted" not in "\n".join(gateway.lines)
 
 

@@ -177,6 +177,9 @@ class Gateway(_message.Message):
     RETRY_BUDGET_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     CALLS_FIELD_NUMBER: _builtins.int
+    CONFIG_GENERATION_FIELD_NUMBER: _builtins.int
+    CONFIG_FAILURES_FIELD_NUMBER: _builtins.int
+    CONFIG_PROBLEM_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of the program."""
     in_flight: _builtins.int
@@ -189,6 +192,12 @@ class Gateway(_message.Message):
     """Retries that may be made now, over all upstreams."""
     draining: _builtins.bool
     """It refuses new calls, because it is about to end."""
+    config_generation: _builtins.int
+    """Which configuration is in force: 1 for that of the start, one more with each that was taken."""
+    config_failures: _builtins.int
+    """Configurations that were not taken."""
+    config_problem: _builtins.str
+    """What is wrong with the file now, line by line; the last good one stays in force. Empty: nothing."""
     @_builtins.property
     def uptime(self) -> _duration_pb2.Duration:
         """Since it began to serve."""
@@ -208,10 +217,13 @@ class Gateway(_message.Message):
         retry_budget: _builtins.float = ...,
         draining: _builtins.bool = ...,
         calls: _abc.Iterable[Global___CallCount] | None = ...,
+        config_generation: _builtins.int = ...,
+        config_failures: _builtins.int = ...,
+        config_problem: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["uptime", b"uptime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "draining", b"draining", "in_flight", b"in_flight", "queued", b"queued", "retry_budget", b"retry_budget", "slots", b"slots", "uptime", b"uptime", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "config_failures", b"config_failures", "config_generation", b"config_generation", "config_problem", b"config_problem", "draining", b"draining", "in_flight", b"in_flight", "queued", b"queued", "retry_budget", b"retry_budget", "slots", b"slots", "uptime", b"uptime", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
