@@ -605,8 +605,9 @@ class KeyRing:
     def _forget(self, block: Block) -> None:
         """Lets go of one that is open and has nothing held against it: where there are no blocks
         at all, as nearly always, no scope is looked up."""
-        if not block.until and not block.strikes and block.probe is None:
-            self._blocks.pop(block.place, None)
+        nothing = not block.until and not block.strikes and block.probe is None
+        if nothing and self._blocks.get(block.place) is block:  # not one that was closed anew since
+            del self._blocks[block.place]
 
     def _close_told(
         self, place: Hashable, key: Key, fault: UpstreamFault, now: float, delay: float
