@@ -63,7 +63,7 @@ async def gateways(
         name: {"tokens": [{"env": name.upper()}], **limits} for name, limits in CALLERS.items()
     }
     # The machine may be busy: only one that is killed is away.
-    shared = {"url": server.url, "on_failure": "open", "lease": "2s", "timeout": "10s", **redis}
+    shared = {"url": server.url, "on_failure": "open", "lease": "3s", "timeout": "10s", **redis}
     async with Simulator(tokens_per_second=0).serving() as url, AsyncExitStack() as stack:
         upstreams = {
             name: {"base_url": url, "keys": [{"env": "TEST_KEY", "id": "k", **limits}]}
@@ -72,7 +72,8 @@ async def gateways(
         models = {name: {"upstream": name} for name in UPSTREAMS}
         config = folder / f"{len(list(folder.iterdir()))}.yaml"
         written = {"callers": callers, "redis": shared, "upstreams": upstreams, "models": models}
-        config.write_text(json.dumps({**written, "admin": {"listen": "off"}}))
+        written |= {"admin": {"listen": "off"}, "drain": {"propagation": "0s", "grace": "100ms"}}
+        config.write_text(json.dumps(written))
         variables = {**TOKENS, "TEST_KEY": KEYS}
         yield [
             await stack.enter_async_context(serve("--config", str(config), **variables))
@@ -157,7 +158,7 @@ async def test_limits_hold_over_three_replicas(redis: RedisServer, tmp_path: Pat
     async with gateways(tmp_path, redis) as three:
         few = Load(three, "few")
         # With two keys of 60 requests a minute; a caller without limits, who will not wait for it.
-        keys = Load(three, "free", "limited", seconds=5.0)
+        keys = Load(three, "free", "limited", seconds=20.0)
         await asyncio.gather(
             *(few.ask(index % 3) for index in range(300)),
             *(keys.ask(index % 3) for index in range(180)),
@@ -195,7 +196,7 @@ async def test_limits_hold_over_three_replicas(redis: RedisServer, tmp_path: Pat
             running.append(await held(three[1], "free", "narrow"))
         # The slots of those that live are renewed: there is one more, not two.
         running.append(await held(three[1], "slots"))
-        await asyncio.sleep(2.5)
+        await asyncio.sleep(3.5)
         refused = Load(three, "slots")
         await refused.ask(2)
         assert refused.reasons == {"CALLER_QUOTA_EXCEEDED": 1}
@@ -302,9 +303,11 @@ async def test_a_key_that_closes_on_one_replica_is_left_alone_by_the_others_with
             assert secret not in found
 
 
-async def test_a_start_without_redis_is_a_start(redis: RedisServer, tmp_path: Path) -> None:
+async def test_one_that_starts_stalls_and_ends_without_redis(
+    redis: RedisServer, tmp_path: Path
+) -> None:
     await redis.kill()
-    async with gateways(tmp_path, redis, 1) as (one,):
+    async with gateways(tmp_path, redis, 1, timeout="1s", lease="10m") as (one,):
         load = Load([one], "many")
         await load.ask(0)
         assert load.total == 1
@@ -313,3 +316,16 @@ async def test_a_start_without_redis_is_a_start(redis: RedisServer, tmp_path: Pa
         await load.ask(0)
         assert load.total == 2
         assert "caller:many" in await redis.contents()
+        # It answers nobody: calls wait for it once, and none is lost.
+        redis.freeze()
+        await asyncio.gather(*(load.ask(0) for _ in range(20)))
+        redis.thaw()
+        await until(every([one], "redis is here", 2))
+        assert (load.total, load.failures) == (22, [])
+        # What ends with the gateway is told: nobody waits ten minutes for its slot.
+        stream = await held(one, "slots")
+        assert "caller:slots:running" in await redis.contents()
+        one.signal(signal.SIGTERM)
+        await one.exit_code()
+        assert (await stream).failure is not None
+        assert "caller:slots:running" not in await redis.contents()

@@ -15,6 +15,7 @@ import trustme
 
 from harness import until
 from redis_server import RedisServer, free_port, redis_server
+from tokenwire_service import sharing
 from tokenwire_service.config import Redis
 from tokenwire_service.quotas import SCRIPTS, Grant, Limits, Quotas
 from tokenwire_service.secret import Secret
@@ -119,3 +120,16 @@ async def test_tls(tmp_path: Path, trusted: bool) -> None:
         async with reaching(settings) as (store, _, log):
             assert not store.here
             assert "certificate" in log.getvalue().lower()
+
+
+async def test_what_ends_last_is_told_before_the_connection_is_closed(redis: RedisServer) -> None:
+    settings = Redis(url=redis.url, on_failure="open", timeout=5.0)
+    log = io.StringIO()
+    async with sharing.started(settings, configure_logging("info", True, log)) as shared:
+        assert shared is not None
+        grant = await shared.quotas.reserve("caller:a", Limits(in_flight=1), 0)
+        assert isinstance(grant, Grant)
+        assert "running" in await redis.contents()
+        grant.close()
+    assert "running" not in await redis.contents()
+    assert "away" not in log.getvalue()
