@@ -134,13 +134,25 @@ class Closed:
     strikes: int
 
 
+@dataclass(frozen=True)
+class _Shut:
+    """That others have used up a key's own limits: for whoever needs `least` tokens or more."""
+
+    until: float  # as it looks now: others may give some of it back
+    ask_at: float  # when to ask for it again, at the latest `until`
+    fault: Fault | None  # None: they use it now, and may end at any moment
+    least: int
+
+
+_OPEN = _Shut(0.0, 0.0, None, 0)
+
+
 @dataclass
 class _KeyState:
     key: Key
     requests: MinuteWindow | None
     tokens: MinuteWindow | None
-    shut: float = 0.0  # until when others have used up its own limits
-    shut_by: Fault | None = None  # None: they use it now, and may end at any moment
+    shut: _Shut = _OPEN
     in_flight: int = 0
     served: float = 0.0  # virtual time: grows by 1/weight per lease
     serves: set[str] = field(default_factory=set)  # models that it has answered for
@@ -429,19 +441,25 @@ class KeyRing:
                 if whole in keys and block.until > now and block.fault is not None:
                     yield _told(place, keys[whole], block, model)
 
-    def refused(self, lease: Lease, until: float, fault: Fault | None) -> None:
-        """Others have used up what its key may, until then: the lease asked for nothing. `fault`:
-        None where they use it now. Call before release."""
+    def unused(self, lease: Lease) -> None:
+        """The lease asked for nothing after all. Call before release."""
         for spent in (lease.spent, lease.asked):
             if spent is not None:
                 spent.window.correct(spent, 0)
-        if until > lease.state.shut:
-            lease.state.shut, lease.state.shut_by = until, fault
+
+    def refused(
+        self, lease: Lease, until: float, fault: Fault | None, *, ask_at: float, tokens: int = 0
+    ) -> None:
+        """Others have used up what its key may, until then if they give nothing back: the lease
+        asked for nothing. Whoever needs as many `tokens` may ask again at `ask_at`, others at once.
+        `fault`: None where they use it now. Call before release."""
+        self.unused(lease)
+        lease.state.shut = _Shut(until, ask_at, fault, tokens)
 
     def may_have_room(self, lease: Lease) -> None:
         """One use of its key has ended: whether others still use up all that it may is open."""
-        if lease.state.shut_by is None:
-            lease.state.shut = 0.0
+        if lease.state.shut.fault is None:
+            lease.state.shut = _OPEN
 
     def snapshot(self, now: float) -> RingView:
         """Everything as it stands. Changes nothing."""
@@ -483,13 +501,16 @@ class KeyRing:
             if block.until > at:
                 at, fault = block.until, block.fault
             busy = busy or (0 < block.until <= now and block.probe is not None)
-        if state.shut > at:
-            at, fault = state.shut, state.shut_by
         for window, cost in ((state.requests, 1), (state.tokens, tokens)):
             if window is not None and (opens := window.opens_at(now, cost)) > at:
                 at, fault = opens, Fault.RATE_LIMITED
+        shut, look_at = state.shut, at
+        if shut.ask_at > now and tokens >= shut.least:
+            look_at = max(at, shut.ask_at)
+            if shut.until > at:
+                at, fault = shut.until, shut.fault
         if at > now:
-            return Unavailable(at, fault)  # though it is busy with a probe, too
+            return Unavailable(at, fault, look_at)  # though it is busy with a probe, too
         if busy:
             return Unavailable(math.inf, None)
         limit = state.key.in_flight or math.inf
@@ -514,7 +535,7 @@ class KeyRing:
         if found in (State.READY, State.PARTLY):
             windows = [each for each in (state.requests, state.tokens) if each is not None]
             full = state.in_flight >= (key.in_flight or math.inf)
-            full = full or state.shut > now
+            full = full or state.shut.ask_at > now
             if full or any(window.opens_at(now, 1) > now for window in windows):
                 found = State.LIMITED
         return KeyView(key.id, key.quota_group, key.weight, found, state.in_flight, own)
@@ -605,8 +626,9 @@ class KeyRing:
     def _forget(self, block: Block) -> None:
         """Lets go of one that is open and has nothing held against it: where there are no blocks
         at all, as nearly always, no scope is looked up."""
-        if not block.until and not block.strikes and block.probe is None:
-            self._blocks.pop(block.place, None)
+        nothing = not block.until and not block.strikes and block.probe is None
+        if nothing and self._blocks.get(block.place) is block:  # not one that was closed anew since
+            del self._blocks[block.place]
 
     def _close_told(
         self, place: Hashable, key: Key, fault: UpstreamFault, now: float, delay: float
@@ -700,7 +722,7 @@ def _soonest(closed: Sequence[Unavailable]) -> Unavailable:
     """What several closed keys come to: when the soonest that is worth waiting for may serve, and
     no fault as soon as one is only busy."""
     waited = [each for each in closed if each.worth_waiting(math.inf)]
-    look_at = min((each.until for each in closed), default=math.inf)
+    look_at = min((min(each.until, each.look_at) for each in closed), default=math.inf)
     if any(each.fault is None for each in waited):
         return Unavailable(look_at, None, look_at)
     # That a key lacks the model is told only if nothing else is wrong with any other.

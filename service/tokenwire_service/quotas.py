@@ -315,7 +315,8 @@ class Quotas:
             raise
         if not granted:
             return Refusal(first, second / 1000)
-        return Grant(self, found, lease, first, second, tokens)
+        # Looked up again: who has nothing may have been forgotten meanwhile.
+        return Grant(self, self._found(subject, limits), lease, first, second, tokens)
 
     def take(self, subject: str, limits: Limits, tokens: int) -> Grant:
         """Takes without asking, while Redis is away: it is told when it is back."""

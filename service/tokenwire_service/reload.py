@@ -61,7 +61,7 @@ class ConfigFile:
             return True
         if self._skip:
             self._skipped += 1
-            return self._skipped >= self._skip
+            return settled and self._skipped >= self._skip
         return False
 
     def refused(self) -> None:

@@ -16,7 +16,7 @@ from tokenwire_service.store import AwayError
 from tokenwire_service.upstream.client import UpstreamClient
 
 _BUSY_FOR = 0.1  # seconds until it is asked again whether another replica has ended a request
-_SOON = 1.0  # seconds
+_SOON = 1.0  # seconds; also until tokens are asked for again that others may give back
 
 
 class SharedPool(Pool):
@@ -85,15 +85,20 @@ class SharedPool(Pool):
                 ) from None
             found = self._quotas.take(subject, limits, tokens)
         finally:
+            now = self._now()
             if isinstance(found, Grant):
                 self._grants[lease] = found
-            elif found is not None and found.limit == "in_flight":
-                self.ring.refused(lease, self._now() + _BUSY_FOR, None)
-            elif found is not None:
-                until = self._now() + max(found.retry_after, _BUSY_FOR)
-                self.ring.refused(lease, until, Fault.RATE_LIMITED)
-            else:  # nobody may be asked, or the caller has left
-                self.ring.refused(lease, 0.0, None)
+            elif found is None:  # nobody may be asked, or the caller has left
+                self.ring.unused(lease)
+            elif found.limit == "in_flight":
+                until = now + _BUSY_FOR
+                self.ring.refused(lease, until, None, ask_at=until)
+            else:
+                until = now + max(found.retry_after, _BUSY_FOR)
+                least, ask_at = 0, until
+                if found.limit == "tokens":
+                    least, ask_at = tokens, min(until, now + _SOON)
+                self.ring.refused(lease, until, Fault.RATE_LIMITED, ask_at=ask_at, tokens=least)
             if not isinstance(found, Grant):
                 super().release(lease)
         return isinstance(found, Grant)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import pytest
 from aiohttp import web
@@ -15,6 +16,7 @@ from harness import (
     event_stream,
     failing,
     provider,
+    raw_provider,
     receive,
     request,
     stream_request,
@@ -22,7 +24,11 @@ from harness import (
     upstream,
 )
 from tokenwire_service.config import Limits
+from tokenwire_service.keyring import KeyRing, Lease
 from tokenwire_service.looplag import LoopLag
+from tokenwire_service.upstream.client import Progress, UpstreamClient
+from tokenwire_service.upstream.dialect import Route
+from tokenwire_service.upstream.dialects import chooser
 
 TEXTS = [f"{number} " for number in range(200)]
 
@@ -80,6 +86,43 @@ async def test_a_deadline_ends_a_stream_that_rests(start: Start) -> None:
         assert received.failure is not None
         assert received.failure.code.name == "DEADLINE_EXCEEDED"
         await until(lambda: served.open == 0)
+
+
+async def test_a_whole_answer_is_not_cut_off_by_its_connections_end_after_a_rest() -> None:
+    """It comes with its end while its reader, which rested and found nothing yet, is busy."""
+    rested = asyncio.Event()
+
+    def piece(data: bytes) -> bytes:
+        return b"%x\r\n%s\r\n" % (len(data), data)
+
+    async def answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n")
+        writer.write(b"Transfer-Encoding: chunked\r\n\r\n" + piece(chunk("one ")))
+        await rested.wait()
+        end = piece(chunk("", finish_reason="stop") + b"data: [DONE]\n\n") + piece(b"")
+        writer.write(piece(chunk("two ")) + piece(chunk("three")) + end)
+
+    async with raw_provider(answers) as served:
+        wanted = upstream(served.base_url)
+        client = UpstreamClient(wanted, chooser(), Limits())
+        lease = KeyRing(wanted).lease("m", 0.0)
+        assert isinstance(lease, Lease)
+        route = Route(wanted, None, "m")
+        encoded = client.dialect(route).encode(request(), route, stream=True)
+        try:
+            async with client.open(encoded, lease, Progress()) as answer:
+                events = await answer.read(math.inf) or []
+                await answer.rest(0.01)
+                assert await answer.read(asyncio.get_running_loop().time()) == []
+                rested.set()
+                await until(lambda: served.ended == 1)
+                await asyncio.sleep(0.1)
+                while (more := await answer.read(math.inf)) is not None:
+                    events += more
+                assert "".join(each.delta.content for each in events) == "one two three"
+                assert answer.finish()
+        finally:
+            await client.close()
 
 
 @pytest.mark.parametrize("method", ["Chat", "StreamChat"])

@@ -343,6 +343,40 @@ async def test_tokens_of_a_key_are_corrected_for_everybody(redis: RedisServer) -
         one.one.release(second)
 
 
+async def test_what_others_give_back_can_be_had_before_its_minute_is_over(
+    redis: RedisServer,
+) -> None:
+    async with replicas(redis, *pools(tokens_per_minute=100)) as (one, other):
+        held = [await taken(one, 90), await taken(one, 90)]
+        found = await taken(other, 90)
+        assert isinstance(found, Unavailable)
+        assert found.until - time.monotonic() == pytest.approx(60, abs=10)
+        waiting = asyncio.ensure_future(taken(other, 90, math.inf))
+        await asyncio.sleep(0.1)
+        for lease in held:
+            assert isinstance(lease, Lease)
+            one.ring.settle(lease, 5)
+            one.one.release(lease)
+        async with asyncio.timeout(10):
+            lease = await waiting
+            assert isinstance(lease, Lease)
+            other.one.release(lease)
+            while isinstance(await taken(other, 90), Unavailable):
+                await asyncio.sleep(0.05)
+
+
+async def test_a_request_that_needs_more_than_there_is_keeps_no_smaller_one_off(
+    redis: RedisServer,
+) -> None:
+    single = {"u": keys_of(tokens_per_minute=100)[:1]}
+    async with replicas(redis, single, single) as (one, other):
+        assert isinstance(await taken(one, 50), Lease)
+        for tokens in (90, 90, 60):
+            assert isinstance(await taken(other, tokens), Unavailable)
+        assert isinstance(await taken(other, 40), Lease)
+        assert isinstance(await taken(other, 40), Unavailable)
+
+
 async def test_who_waits_for_a_key_has_it_when_another_replica_releases_it(
     redis: RedisServer,
 ) -> None:

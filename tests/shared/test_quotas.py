@@ -182,6 +182,20 @@ async def test_a_replica_that_stops_renewing_gives_its_slots_back_and_others_kee
         assert isinstance(await alive.reserve(limits), Refusal)  # its own was kept
 
 
+async def test_what_was_asked_for_while_redis_was_slow_is_renewed_as_everything_is(
+    redis: RedisServer,
+) -> None:
+    limits = Limits(in_flight=1)
+    async with replicas(redis, 2, lease=0.4, timeout=5.0) as (one, other):
+        redis.freeze()
+        asking = asyncio.ensure_future(one.reserve(limits))
+        await asyncio.sleep(0.3)  # looked for who has gone more than once
+        redis.thaw()
+        assert granted([await asking])
+        await asyncio.sleep(0.8)
+        assert await other.reserve(limits) == Refusal("in_flight", 0)
+
+
 async def test_a_caller_that_is_cancelled_while_it_asks_runs_nowhere(redis: RedisServer) -> None:
     limits = Limits(in_flight=1)
     async with replicas(redis, 2) as (one, other):

@@ -794,6 +794,17 @@ def test_a_new_secret_may_be_of_an_account_that_has_credit(key_id: str) -> None:
     assert lease(of, 1.0).key.id == key_id
 
 
+def test_a_probe_of_before_opens_nothing_that_was_closed_since() -> None:
+    of = ring(*keys_of(1, quota_group="g"))
+    meet(of, Fault.QUOTA_EXHAUSTED, now=0.0)
+    probe = lease(of, now=400.0)
+    of.replace(keys_of(2, quota_group="g"))  # one more: perhaps the account has credit
+    meet(of, Fault.QUOTA_EXHAUSTED, now=401.0)
+    of.succeed(probe)
+    of.release(probe)
+    assert closed(of, 402.0).fault is Fault.QUOTA_EXHAUSTED
+
+
 def test_a_rejected_key_that_comes_back_is_still_rejected() -> None:
     of = ring(*keys_of(1))
     meet(of, Fault.KEY_REJECTED, now=0.0)

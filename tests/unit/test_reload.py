@@ -49,6 +49,13 @@ def test_who_asks_has_it_read_at_once() -> None:
     assert not file.see(B)  # as it was read
 
 
+def test_what_is_being_written_is_not_read_either_where_what_was_before_is_tried_again() -> None:
+    file = ConfigFile(A)
+    assert seen(file, B, B) == [False, True]
+    file.refused()
+    assert seen(file, C, A, C, C) == [False, False, False, True]
+
+
 def test_what_was_refused_is_tried_again_more_and_more_seldom() -> None:
     file = ConfigFile(A)
     assert file.see(B, asked=True)

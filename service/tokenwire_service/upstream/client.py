@@ -433,11 +433,18 @@ class Answer:
         protocol = None if connection is None else connection.protocol
         if protocol is None:
             return  # all of it is here
-        protocol.pause_reading()
+        # Not protocol.pause_reading: its parser would stop within what arrives next, and take a
+        # whole answer for one cut off if the connection closes behind it.
+        transport = protocol.transport
+        if transport is None or not transport.is_reading():
+            await asyncio.sleep(seconds)  # more has arrived already than is read at once
+            return
+        transport.pause_reading()
         try:
             await asyncio.sleep(seconds)
         finally:
-            protocol.resume_reading()
+            if not transport.is_closing():
+                transport.resume_reading()
 
     def close(self) -> None:
         """No more is read."""
