@@ -243,7 +243,7 @@ check-contract: $(CONTRACT)/.complete
 .PHONY: check-generated
 check-generated: generate
 	@dirty=$$(git status --porcelain -- clients); if [ -n "$$dirty" ]; then \
-		echo "Generated code differs from what is committed: run 'make generate' and commit it."; echo "$$dirty"; exit 1; fi
+		echo "clients/ differs from what is committed: commit your changes there, and what 'make generate' wrote."; echo "$$dirty"; exit 1; fi
 
 # --- quality ------------------------------------------------------------------------
 

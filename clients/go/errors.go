@@ -89,7 +89,8 @@ type Error struct {
 	// Code is the gRPC status code.
 	Code codes.Code
 	// Reason is "" when the status did not come from a Tokenwire gateway: no connection, a
-	// proxy, a deadline that passed here.
+	// proxy, a deadline that passed here. A stream whose connection broke after some of its answer
+	// had come has the reason that the gateway would give, ReasonUpstreamStreamInterrupted.
 	Reason Reason
 	// Message is one line for people.
 	Message string

@@ -2,6 +2,7 @@ package tokenwire_test
 
 import (
 	"context"
+	"errors"
 	"net"
 	"os"
 	"sync/atomic"
@@ -10,6 +11,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	tokenwire "github.com/tokenwire/tokenwire/clients/go"
 	pb "github.com/tokenwire/tokenwire/clients/go/tokenwire/v1"
@@ -31,6 +33,17 @@ func (o *odd) BatchChat(_ *pb.BatchChatRequest, stream grpc.ServerStreamingServe
 		}
 	}
 	return nil
+}
+
+// StreamChat breaks amid its answer, and nobody says why, as when a gateway is killed.
+func (o *odd) StreamChat(request *pb.StreamChatRequest, stream grpc.ServerStreamingServer[pb.StreamChatResponse]) error {
+	if request.GetChat().GetModel() == "begins" {
+		delta := &pb.Delta{Content: "Hel"}
+		if err := stream.Send(&pb.StreamChatResponse{Event: &pb.StreamChatResponse_Delta{Delta: delta}}); err != nil {
+			return err
+		}
+	}
+	return status.Error(codes.Unavailable, "error reading from server: EOF")
 }
 
 // ListModels has two pages, and each goes on with the other.
@@ -58,6 +71,24 @@ func (o *odd) client(t *testing.T) *tokenwire.Client {
 	client := must[*tokenwire.Client](t)(tokenwire.New(listener.Addr().String()))
 	t.Cleanup(func() { client.Close() })
 	return client
+}
+
+func TestAStreamWhoseConnectionBrokeWasInterrupted(t *testing.T) {
+	t.Parallel()
+	client := (&odd{}).client(t)
+	for model, reason := range map[string]tokenwire.Reason{
+		"begins": tokenwire.ReasonUpstreamStreamInterrupted,
+		"never":  "", // nothing of an answer had come
+	} {
+		stream := client.Stream(context.Background(), tokenwire.Request{Model: model, Messages: []tokenwire.Message{tokenwire.User("x")}})
+		var failed *tokenwire.Error
+		for _, err := range stream.All() {
+			errors.As(err, &failed)
+		}
+		if failed == nil || failed.Code != codes.Unavailable || failed.Reason != reason {
+			t.Errorf("%s: got %v", model, failed)
+		}
+	}
 }
 
 func TestOKWithoutEveryResultIsAnError(t *testing.T) {

@@ -221,6 +221,10 @@ func (s *Stream) over(failure *Error) error {
 		return s.end
 	}
 	failure.Partial = s.answer.soFar(s.call.requestID)
+	if failure.Reason == "" && failure.Code == codes.Unavailable && len(s.answer.choices) > 0 {
+		// The gateway is gone, or what lies between: nobody was left to say so.
+		failure.Reason = ReasonUpstreamStreamInterrupted
+	}
 	s.end = failure
 	return s.end
 }

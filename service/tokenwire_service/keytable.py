@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -135,7 +136,7 @@ def table(listing: admin_service_pb2.ListKeysResponse) -> Iterator[str]:
             if group.HasField("concurrency_limit"):
                 yield (
                     f"  quota group {group.quota_group}, for {_model(group.model)}: "
-                    f"{group.in_flight} running, bears {group.concurrency_limit:.1f}"
+                    f"{group.in_flight} running, bears {math.floor(group.concurrency_limit)}"
                 )
     for file in listing.key_files:
         if file.problem:

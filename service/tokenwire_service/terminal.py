@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 import time
@@ -195,7 +196,7 @@ def _explained(error: TokenwireError, target: str, token_env: str) -> Iterator[s
     if error.code is grpc.StatusCode.UNAUTHENTICATED:
         advice = f"put the token into ${token_env}"
     if error.retry_after is not None:
-        advice = f"try again in {error.retry_after:g} s"
+        advice = f"try again in {math.ceil(error.retry_after * 10) / 10:g} s"
     line = f"{error.reason or error.code.name}: {what}"
     line += f"; {advice}" if advice else ""
     # Without a reason the gateway never logged the call: its id would lead nowhere.

@@ -118,6 +118,12 @@ GATEWAYS: dict[str, Callable[[str], Config]] = {
     ),
     "hasty": lambda url: _config(url, timeouts=UpstreamTimeouts(first_byte=0.3)),
     "nowhere": lambda _url: _config("http://127.0.0.1:1/v1"),
+    "uncounted": lambda url: _config(
+        url,
+        models=(
+            Model(name="uncounted", upstream="sim", tokenizer_file="/nowhere/tokenizer.model"),
+        ),
+    ),
     "narrow": lambda url: _config(url, limits=Limits(in_flight=1, queue=0)),
     "auth": lambda url: msgspec.structs.replace(_config(url), callers=_CALLERS),
     "tls": _config,

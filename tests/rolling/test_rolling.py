@@ -302,6 +302,8 @@ async def test_of_a_killed_replica_only_what_had_begun_is_lost(tmp_path: Path) -
             assert went == [victim]  # and nobody was asked again
             assert text_of(outcome.id).startswith(outcome.text)
             assert outcome.text != text_of(outcome.id)
+            if outcome.text:
+                assert outcome.reason == "UPSTREAM_STREAM_INTERRUPTED", outcome
         else:
             assert outcome.text == text_of(outcome.id)
             assert len(went) == 1 or (went[0] == victim and len(went) == 2)

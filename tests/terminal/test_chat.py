@@ -237,8 +237,10 @@ def test_what_to_do(gateway: FakeGateway, reason: str, line: str) -> None:
 
 
 def test_when_to_try_again(gateway: FakeGateway) -> None:
-    gateway.fail("RATE_LIMITED", message="slow down", retry_after=12.5, metadata={"requestId": "r"})
-    assert chat(gateway, "Hi")[2] == ("RATE_LIMITED: slow down; try again in 12.5 s (request r)\n")
+    gateway.fail(
+        "RATE_LIMITED", message="slow down", retry_after=58.3617, metadata={"requestId": "r"}
+    )
+    assert chat(gateway, "Hi")[2] == ("RATE_LIMITED: slow down; try again in 58.4 s (request r)\n")
 
 
 def test_which_fields(gateway: FakeGateway) -> None:

@@ -1,5 +1,6 @@
 """The pages say what stands: links lead somewhere, the architecture's page draws every module."""
 
+import ast
 import re
 import subprocess
 import tomllib
@@ -117,3 +118,30 @@ def test_each_decision_has_a_number_of_its_own() -> None:
     assert len(set(numbers)) == len(numbers)
     for page, number in zip(pages, numbers, strict=True):
         assert page.read_text(encoding="utf-8").startswith(f"# {number}. ")
+
+
+def test_every_line_of_the_log_is_told() -> None:
+    page = (ROOT / "docs" / "events.md").read_text(encoding="utf-8")
+    events = {
+        first.value
+        for path in PACKAGE.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and call.func.attr in {"info", "warning", "error", "exception"}
+        and ast.unparse(call.func.value).endswith("logger")
+        for first in call.args[:1]
+        if isinstance(first, ast.Constant)
+    }
+    assert len(events) > 10  # else this finds nothing any more
+    assert {event for event in events if f"`{event.partition(':')[0]}" not in page} == set()
+
+
+def test_every_reason_has_a_case_of_conformance() -> None:
+    cases = (ROOT / "tests" / "conformance" / "cases.yaml").read_text(encoding="utf-8")
+    contract = (ROOT / "protos/tokenwire/v1/error_reason.proto").read_text(encoding="utf-8")
+    reasons = set(re.findall(r"^  ERROR_REASON_(\w+) = [1-9]", contract, flags=re.MULTILINE))
+    assert len(reasons) > 20
+    # Their clients end these two calls themselves, most often: the cases look at the code.
+    reasons -= {"DEADLINE_EXCEEDED", "CANCELLED"}
+    assert {reason for reason in reasons if f'"reason": "{reason}"' not in cases} == set()

@@ -116,7 +116,7 @@ upstream openai: 4 of 750 slots, 1 queued, 2 waiting for a key, keys set 3 times
   key-0a1b2c3d  retired  key-0a1b2c3d        0         0   0  -                                  0       0  never
     retired: the key (key_rejected)
     probe due: its quota group, for the list of models (rate_limited)
-  quota group acct, for gpt-4o: 4 running, bears 4.9
+  quota group acct, for gpt-4o: 4 running, bears 4
 
 key file /run/bad: empty; its last good keys stay (openai, other)"""  # noqa: E501
 

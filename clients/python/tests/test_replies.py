@@ -6,6 +6,7 @@ import json
 import pickle
 from typing import Any
 
+import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,6 +34,8 @@ from tokenwire.v1.chat_service_pb2 import (
     ToolCallDelta,
 )
 from tokenwire.v1.chat_service_pb2 import Choice as ChoiceProto
+
+BROKEN = grpc.StatusCode.UNAVAILABLE
 
 
 def folded(*events: Any) -> Accumulator:
@@ -261,3 +264,17 @@ def test_time_to_first_token_is_to_the_first_output(delta: Delta) -> None:
     receiver.receive(StreamChatResponse(delta=delta))
     receiver.receive(StreamChatResponse(delta=delta))
     assert receiver.time_to_first_token == 0.5
+
+
+def test_a_stream_whose_connection_broke_was_interrupted() -> None:
+    def error_after(*events: StreamChatResponse, code: grpc.StatusCode = BROKEN) -> str:
+        receiver = StreamReceiver(Call("StreamChat", ChatMessage(), None, (), "r"))
+        for event in events:
+            receiver.receive(event)
+        return receiver.failed(code, "Socket closed", None).reason
+
+    header = StreamChatResponse(header=ResponseHeader())
+    delta = StreamChatResponse(delta=Delta(content="x"))
+    assert error_after(header, delta) == "UPSTREAM_STREAM_INTERRUPTED"
+    assert error_after() == error_after(header) == ""  # nothing of an answer had come
+    assert error_after(header, delta, code=grpc.StatusCode.CANCELLED) == ""

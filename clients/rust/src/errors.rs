@@ -61,7 +61,9 @@ impl Error {
 
     /// Why, for programs: `match` it, print it, or compare it with text.
     ///
-    /// [`Reason::Unspecified`], printed as `""`, when the status did not come from a gateway.
+    /// [`Reason::Unspecified`], printed as `""`, when the status did not come from a gateway; but
+    /// a stream whose connection broke amid its answer has
+    /// [`Reason::UpstreamStreamInterrupted`], as the gateway would say.
     pub fn reason(&self) -> &Reason {
         &self.0.reason
     }
@@ -212,7 +214,13 @@ impl Error {
         self
     }
 
+    /// Of a stream. Where its connection broke amid the answer, nobody was left to give a reason:
+    /// it is the one that the gateway would give.
     pub(crate) fn with_partial(mut self, partial: Reply) -> Self {
+        let broken = self.0.code == Code::Unavailable && self.0.reason == Reason::Unspecified;
+        if broken && partial.choices().len() > 0 {
+            self.0.reason = Reason::UpstreamStreamInterrupted;
+        }
         self.0.partial = Some(partial);
         self
     }
@@ -394,6 +402,25 @@ fn detail<M: Message + Default>(status: &pb::Status, name: &str) -> Option<M> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::v1;
+
+    #[test]
+    fn a_stream_whose_connection_broke_was_interrupted() {
+        let broken = |code: i32, begun: bool| {
+            let mut answer = crate::Accumulator::new();
+            if begun {
+                let text = v1::Delta { content: "Hel".to_owned(), ..v1::Delta::default() };
+                let event = Some(v1::stream_chat_response::Event::Delta(text));
+                answer.add(v1::StreamChatResponse { event });
+            }
+            let status = pb::Status { code, message: "EOF".to_owned(), details: vec![] };
+            let error = Error::from_proto(status, String::new());
+            error.with_partial(answer.so_far("r")).reason().clone()
+        };
+        assert_eq!(broken(14, true), Reason::UpstreamStreamInterrupted);
+        assert_eq!(broken(14, false), Reason::Unspecified); // nothing of an answer had come
+        assert_eq!(broken(1, true), Reason::Unspecified);
+    }
 
     #[test]
     fn a_damaged_detail_hides_no_other() {

@@ -22,6 +22,7 @@ export const REQUEST_ID_KEY = "x-request-id";
 
 /** The only reason this package makes itself: the server said OK, yet did not finish. */
 export const INCOMPLETE = "STREAM_INCOMPLETE";
+const INTERRUPTED = "UPSTREAM_STREAM_INTERRUPTED";
 
 /** A gRPC status code by its name. */
 export type StatusCode = Exclude<keyof typeof grpcStatus, "OK">;
@@ -71,7 +72,8 @@ export class TokenwireError extends Error {
   /**
    * A name from `ErrorReason` without its prefix, for example "RATE_LIMITED"; "" when the status
    * did not come from a Tokenwire gateway (no connection, a proxy, a deadline that passed here);
-   * "STREAM_INCOMPLETE" when the server ended with OK before the answer was whole.
+   * "STREAM_INCOMPLETE" when the server ended with OK before the answer was whole;
+   * "UPSTREAM_STREAM_INTERRUPTED" also of a stream whose connection broke amid its answer.
    */
   readonly reason: string;
   /** Milliseconds to wait before another try; undefined when nobody said. */
@@ -129,9 +131,16 @@ export class TokenwireError extends Error {
   }
 }
 
-/** Puts in the error of a stream what had arrived before it. */
+/**
+ * Puts in the error of a stream what had arrived before it. Where a connection broke amid the
+ * answer, nobody was left to give a reason: it is the one that the gateway would give.
+ */
 export function attachPartial(error: TokenwireError, partial: Reply): TokenwireError {
-  return Object.defineProperty(error, "partial", { value: partial });
+  Object.defineProperty(error, "partial", { value: partial });
+  if (error.code === "UNAVAILABLE" && error.reason === "" && partial.choices.length > 0) {
+    Object.defineProperty(error, "reason", { value: INTERRUPTED, enumerable: true });
+  }
+  return error;
 }
 
 function told(rawMessage: string, init: TokenwireErrorInit): string {

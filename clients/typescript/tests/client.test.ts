@@ -716,9 +716,10 @@ test("pushback is waited for", async (t) => {
 
 test("when most calls fail, retries stop feeding the fire", async (t) => {
   const { gateway, client } = await pair(t);
-  for (let i = 0; i < 30; i += 1) gateway.fail("GATEWAY_OVERLOADED", { pushbackMs: 1 });
-  for (let i = 0; i < 10; i += 1) await failure(client.chat("x", { model }));
-  assert.ok(gateway.calls.length > 10 && gateway.calls.length < 20, `${gateway.calls.length}`);
+  for (let i = 0; i < 300; i += 1) gateway.fail("GATEWAY_OVERLOADED", { pushbackMs: 1 });
+  for (let i = 0; i < 100; i += 1) await failure(client.chat("x", { model }));
+  // Half of the throttle's hundred tokens.
+  assert.ok(gateway.calls.length > 130 && gateway.calls.length < 160, `${gateway.calls.length}`);
 });
 
 test("calls go to each replica in turn", async (t) => {

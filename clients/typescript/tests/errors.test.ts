@@ -124,6 +124,33 @@ test("details of another domain, or none at all, are not taken for ours", async 
   }
 });
 
+test("a stream whose connection broke was interrupted", async (t) => {
+  const delta = Buffer.from([0, 0, 0, 0, 7, 0x0a, 5, 0x0a, 3, ...Buffer.from("Hel")]);
+  const server = createServer();
+  let begins = true;
+  server.on("stream", (stream) => {
+    stream.respond({ ":status": 200, "content-type": "application/grpc" });
+    if (begins) stream.write(delta);
+    setTimeout(() => stream.session?.destroy(), 50); // as of a gateway that is killed
+  });
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  t.after(() => server.close());
+  const { port } = server.address() as AddressInfo;
+  await using client = new Tokenwire({ target: `127.0.0.1:${port}`, token: "" });
+  const broken = async (): Promise<TokenwireError> =>
+    await failure(
+      (async () => {
+        for await (const _ of client.stream("x", { model }));
+      })(),
+    );
+  let error = await broken();
+  assert.deepEqual([error.code, error.reason], ["UNAVAILABLE", "UPSTREAM_STREAM_INTERRUPTED"]);
+  assert.equal(error.partialText, "Hel");
+  begins = false;
+  error = await broken();
+  assert.deepEqual([error.code, error.reason], ["UNAVAILABLE", ""]); // nothing had come
+});
+
 test("an error can be made by hand, for tests of one's own", () => {
   const cause = new Error("why");
   const error = new TokenwireError("no", { code: "ABORTED", reason: "CALLER_STALLED", cause });

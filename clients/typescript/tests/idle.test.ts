@@ -94,7 +94,11 @@ test("a gateway that is gone without a word is noticed", async (t) => {
       for (const socket of sockets) socket.unpipe();
     }
   })();
-  await assert.rejects(call, { code: "UNAVAILABLE", reason: "", partialText: "before" });
+  await assert.rejects(call, {
+    code: "UNAVAILABLE",
+    reason: "UPSTREAM_STREAM_INTERRUPTED",
+    partialText: "before",
+  });
 });
 
 test("a ping goes out each 30 s, also while nothing runs", { timeout: 20_000 }, async (t) => {

@@ -105,6 +105,9 @@ class Receiver(Protocol[Item_co]):
 # --- streams ------------------------------------------------------------------------
 
 
+_BROKEN = grpc.StatusCode.UNAVAILABLE  # what gRPC says of a connection that broke
+
+
 class StreamReceiver:
     """Takes in one StreamChat."""
 
@@ -143,6 +146,9 @@ class StreamReceiver:
     ) -> TokenwireError:
         self.error = self.call.failed(code, message, trailing_metadata)
         self.error.partial = self.answer.so_far(self.call.request_id)
+        if self.error.partial.choices and not self.error.reason and code is _BROKEN:
+            # The gateway is gone, or what lies between: nobody was left to say so.
+            self.error.reason = Reason.UPSTREAM_STREAM_INTERRUPTED.value
         return self.error
 
 

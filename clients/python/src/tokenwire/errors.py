@@ -80,7 +80,9 @@ class TokenwireError(Exception):
         reason: a name from `ErrorReason` without its prefix, for example "RATE_LIMITED", see
             `Reason`; "" when the status did not come from a Tokenwire gateway (no connection, a
             proxy, a deadline that passed here); "STREAM_INCOMPLETE" when the server
-            ended with OK before the answer was whole.
+            ended with OK before the answer was whole. A stream whose connection broke after some of
+            its answer had come has the reason that the gateway would give:
+            "UPSTREAM_STREAM_INTERRUPTED".
         message: one line for people.
         retry_after: seconds to wait before another try, None when nobody said.
         request_id: the call's `x-request-id`, to quote to whoever runs the gateway.

@@ -19,6 +19,8 @@ public final class TokenwireException extends RuntimeException {
   /** The only reason this client makes itself: the server said OK, yet did not finish. */
   public static final String STREAM_INCOMPLETE = "STREAM_INCOMPLETE";
 
+  private static final String INTERRUPTED = "UPSTREAM_STREAM_INTERRUPTED";
+
   static final Metadata.Key<String> REQUEST_ID =
       Metadata.Key.of("x-request-id", Metadata.ASCII_STRING_MARSHALLER);
   private static final Metadata.Key<byte[]> DETAILS =
@@ -82,9 +84,12 @@ public final class TokenwireException extends RuntimeException {
     }
     proto.setCode(status.getCode().value()).setMessage(told(status));
     String echoed = trailers.get(REQUEST_ID);
+    boolean begun = partial != null && !partial.choices().isEmpty();
+    boolean broken = details == null && status.getCode() == Status.Code.UNAVAILABLE;
     return new TokenwireException(
         proto.build(),
-        "",
+        // Amid an answer nobody was left to give a reason: it is the one the gateway would give.
+        begun && broken ? INTERRUPTED : "",
         millis(Pushback.in(trailers)),
         echoed != null ? echoed : requestId,
         partial == null ? null : partial.proto(),
@@ -147,7 +152,8 @@ public final class TokenwireException extends RuntimeException {
    *
    * @return for example {@code RATE_LIMITED}; "" when the status did not come from a gateway (no
    *     connection, a proxy, a deadline that passed here); {@link #STREAM_INCOMPLETE} when the
-   *     server ended with OK before the answer was whole
+   *     server ended with OK before the answer was whole; {@code UPSTREAM_STREAM_INTERRUPTED} also
+   *     of a stream whose connection broke amid its answer
    */
   public String reason() {
     return ownReason.isEmpty() ? info().getReason() : ownReason;

@@ -287,6 +287,20 @@ class AnswerTest {
   }
 
   @Test
+  void aStreamWhoseConnectionBrokeWasInterrupted() {
+    Accumulator part = new Accumulator();
+    Status broken = Status.UNAVAILABLE.withDescription("io exception");
+    Metadata none = new Metadata();
+    // Nothing of an answer had come.
+    assertEquals("", TokenwireException.of(broken, none, "r", part.reply()).reason());
+    part.add(delta(Delta.newBuilder().setContent("Hel")));
+    assertEquals(
+        "UPSTREAM_STREAM_INTERRUPTED",
+        TokenwireException.of(broken, none, "r", part.reply()).reason());
+    assertEquals("", TokenwireException.of(Status.CANCELLED, none, "r", part.reply()).reason());
+  }
+
+  @Test
   void anErrorIsSerialized() throws Exception {
     Accumulator part = new Accumulator();
     part.add(delta(Delta.newBuilder().setContent("Hel")));

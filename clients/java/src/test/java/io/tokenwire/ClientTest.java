@@ -751,11 +751,11 @@ class ClientTest {
 
   @Test
   void refusalsDoNotUseUpTheRetries() {
-    for (int i = 0; i < 12; i++) { // the throttle has ten tokens
+    for (int i = 0; i < 120; i++) { // the throttle has a hundred tokens
       gateway.fail("INVALID_REQUEST");
     }
     gateway.fail("GATEWAY_DRAINING").reply("again");
-    for (int i = 0; i < 12; i++) {
+    for (int i = 0; i < 120; i++) {
       assertThrows(TokenwireException.class, () -> client.chat(HI));
     }
     assertEquals("again", client.chat(HI).text());
