@@ -13,6 +13,8 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+_LAST_WORDS = 1.0  # seconds in the end for whoever reads a page
+
 
 class HttpListenError(Exception):
     """The listener cannot be opened."""
@@ -37,7 +39,8 @@ async def serving(
     app = web.Application(middlewares=[_careful(logger, setting, headers or {}, local)])
     for path, handler in routes.items():
         app.router.add_get(path, handler)
-    runner = web.AppRunner(app, access_log=None, handle_signals=False)
+    # A minute by default, by which one that stopped reading would hold up the process's end.
+    runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=_LAST_WORDS)
     await runner.setup()
     try:
         host, _, port = listen.rpartition(":")

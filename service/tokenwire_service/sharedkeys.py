@@ -9,10 +9,12 @@ replica's own: it may be the way there that fails.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from tokenwire_service.errors import Fault
 from tokenwire_service.keyring import Closed, KeyRing
@@ -107,6 +109,7 @@ class SharedKeys:
         self._rings: dict[str, _Ring] = {}
         self._told: dict[str, float] = {}  # until when each was told to be closed
         self._version = 0
+        self._new: set[str] = set()  # names of keys that came since the last look
         store.on_return(self._restore)
 
     def join(self, upstream: str, ring: KeyRing, changed: Callable[[], None]) -> None:
@@ -123,17 +126,33 @@ class SharedKeys:
     async def run(self) -> None:
         """Takes in what others tell, until cancelled."""
         while True:
-            try:
-                found = await self._store.call(_NEWS, self._keys, (self._version,))
-            except AwayError:
-                pass  # when it is back, nothing is missed
-            else:
+            with contextlib.suppress(AwayError):  # when it is back, nothing is missed
+                known, found = self._version, await self._news(self._version)
                 self._version = found[0]
-                for at in range(1, len(found), 3):
-                    self._hear(str(found[at]), found[at + 1] / 1000, str(found[at + 2]))
+                self._look()
+                for closure in _closures(found):
+                    self._hear(*closure)
+                if known and self._new:  # what was told while nobody here had these keys
+                    for closure in _closures(await self._news(0)):
+                        if _parts(closure[0])[0] in self._new:
+                            self._hear(*closure)
+                self._new.clear()
             await self._sleep(INTERVAL)
 
     # --- inside -------------------------------------------------------------------------
+
+    async def _news(self, version: int) -> Sequence[Any]:
+        """What is closed of what was told since, as _NEWS answers. Raises AwayError."""
+        found: Sequence[Any] = await self._store.call(_NEWS, self._keys, (version,))
+        return found
+
+    def _look(self) -> None:
+        """Which keys there are now."""
+        for upstream, each in self._rings.items():
+            if each.generation != each.ring.generation:
+                each.generation = each.ring.generation
+                before, each.keys = each.keys, {shared_name(upstream, k): k for k in each.ring.keys}
+                self._new |= each.keys.keys() - before.keys()
 
     def _tell(self, upstream: str, closed: Closed) -> None:
         now = self._now()
@@ -153,10 +172,7 @@ class SharedKeys:
         fault, _, strikes = text.partition(" ")
         if scope not in _SCOPES or fault not in _FAULTS:
             return  # of a gateway of another version
-        for upstream, each in self._rings.items():
-            if each.generation != each.ring.generation:
-                each.generation = each.ring.generation
-                each.keys = {shared_name(upstream, key): key for key in each.ring.keys}
+        for each in self._rings.values():
             key = each.keys.get(digest)
             if key is None:
                 continue
@@ -185,6 +201,12 @@ class SharedKeys:
                 until = min(closed.until, now + BELIEVED)
                 self._told[name] = until
                 yield _TELL, self._keys, _arguments(name, closed, until - now)
+
+
+def _closures(found: Sequence[Any]) -> Iterator[tuple[str, float, str]]:
+    """Of an answer of _NEWS: name, seconds, text of each."""
+    for at in range(1, len(found), 3):
+        yield str(found[at]), found[at + 1] / 1000, str(found[at + 2])
 
 
 def _name(upstream: str, closed: Closed) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import signal
 import socket
@@ -32,6 +33,7 @@ from harness import (
 )
 from processes import serve, write_config
 from tokenwire.v1 import model_service_pb2
+from tokenwire_service import httplistener
 from tokenwire_service.config import Limits, Model
 from tokenwire_service.labels import OTHER
 from tokenwire_service.server import ListenError
@@ -332,3 +334,18 @@ async def test_another_configuration_is_counted_and_takes_effect(
         while (found := await told())("config_reload_failures_total") < 1:
             await asyncio.sleep(0.05)
         assert found("config_generation") == 2
+
+
+async def test_a_reader_that_stopped_reading_keeps_no_gateway_from_its_end() -> None:
+    body = b"x" * (32 << 20)  # more than any socket takes
+    pages = {"/metrics": httplistener.page(lambda _: (body, "text/plain"))}
+    logger = logging.getLogger("tokenwire.test")
+    with socket.socket() as stalled:
+        async with asyncio.timeout(30):  # it was a minute
+            async with httplistener.serving(
+                "127.0.0.1:0", pages, logger, setting="metrics.listen"
+            ) as address:
+                host, _, port = address.rpartition(":")
+                await asyncio.to_thread(stalled.connect, (host, int(port)))
+                stalled.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert await asyncio.to_thread(stalled.recv, 15) == b"HTTP/1.1 200 OK"

@@ -180,6 +180,26 @@ async def test_a_new_secret_is_closed_by_nothing_that_the_old_one_met(redis: Red
         assert {each.key.id for each in found} == {"b1", "b2"}
 
 
+async def test_a_key_that_comes_or_comes_back_is_known_as_others_know_it(
+    redis: RedisServer,
+) -> None:
+    async with replicas(redis, *TWO) as (one, other):
+        other.one.replace(keys_of("b")[1:])
+        await looked()
+        one.meet(Fault.RATE_LIMITED, 100.0)
+        one.meet(Fault.KEY_REJECTED, model="another")
+        one.meet(Fault.RATE_LIMITED, 100.0, "later", key=2)
+        await until(lambda: other.open("later") == [])  # all of it has been looked at
+        other.one.replace(keys_of("b"))
+        await until(lambda: other.open("another") == [2])
+        assert other.open() == [2]
+        assert other.left() == pytest.approx(BELIEVED, abs=5)
+        other.keys.leave("u")  # and its upstream comes back, too
+        ring = KeyRing(Upstream(name="u", base_url="http://u", keys=keys_of("b")))
+        other.keys.join("u", ring, lambda: None)
+        await until(lambda: len(list(ring.closed(time.monotonic()))) == 3)
+
+
 async def test_the_same_secret_at_another_upstream_is_another_key(redis: RedisServer) -> None:
     both = {"u": keys_of(), "v": keys_of()}
     async with replicas(redis, both, both) as (one, other):
