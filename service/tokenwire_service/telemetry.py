@@ -145,8 +145,9 @@ class LogObserver:
         self._logger = logger
 
     def attempt(self, event: AttemptEvent) -> None:
-        """Logs a failed attempt as a warning, an answered one for debugging."""
-        level = logging.WARNING if event.fault else logging.DEBUG
+        """Logs a failed attempt as a warning, others for debugging: one that its own call ended
+        is nobody's fault, and callers who leave are many."""
+        level = logging.DEBUG if event.fault in {"", ABANDONED} else logging.WARNING
         self._log(level, "attempt", event)
 
     def call(self, event: CallEvent) -> None:

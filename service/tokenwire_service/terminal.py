@@ -182,9 +182,13 @@ def _explained(error: TokenwireError, target: str, token_env: str) -> Iterator[s
     """One line that says what happened and what to do; then one per refused field, if several."""
     what = error.message
     advice = _ADVICE.get(error.reason, "")
+    if error.reason == "GATEWAY_DRAINING" and error.partial_text:
+        advice = _BEGINNING  # the stream outlived the grace
     if not error.reason and error.code is grpc.StatusCode.UNAVAILABLE:
         # Without a reason no gateway has spoken: this is the local gRPC's own text.
-        if "refused" in what:
+        if error.partial_text:
+            what, advice = f"lost the connection to {target}: {what}", _BEGINNING
+        elif "refused" in what:
             what, advice = f"nothing listens at {target}", "start one with `tokenwire serve`"
         elif "DNS" in what or "resol" in what.lower():
             what, advice = f"cannot find the host of {target}", "check --target"
@@ -206,14 +210,15 @@ def _explained(error: TokenwireError, target: str, token_env: str) -> Iterator[s
             yield f"  {violation}"
 
 
+_BEGINNING = "what is above is only the beginning; ask again"
 _ADVICE = {
     "MODEL_NOT_FOUND": "choose another with --model",
     "CONTEXT_LENGTH_EXCEEDED": "shorten the question",
     "UPSTREAM_CREDENTIALS_REJECTED": "check the gateway's upstream keys",
     "UPSTREAM_QUOTA_EXHAUSTED": "the gateway's upstream account needs credit",
-    "UPSTREAM_STREAM_INTERRUPTED": "what is above is only the beginning; ask again",
-    "STREAM_INCOMPLETE": "what is above is only the beginning; ask again",
-    "GATEWAY_DRAINING": "it is shutting down; ask again",
+    "UPSTREAM_STREAM_INTERRUPTED": _BEGINNING,
+    "STREAM_INCOMPLETE": _BEGINNING,
+    "GATEWAY_DRAINING": "ask again",
     "DEADLINE_EXCEEDED": "allow more time with --timeout",
 }
 

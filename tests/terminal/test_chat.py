@@ -257,11 +257,19 @@ def test_which_fields(gateway: FakeGateway) -> None:
     )
 
 
-def test_an_answer_that_breaks_off(gateway: FakeGateway) -> None:
-    gateway.fail("UPSTREAM_STREAM_INTERRUPTED", message="cut", after=["Once upon"])
+@pytest.mark.parametrize("reason", ["UPSTREAM_STREAM_INTERRUPTED", "GATEWAY_DRAINING", ""])
+def test_an_answer_that_breaks_off(gateway: FakeGateway, reason: str) -> None:
+    unavailable = grpc.StatusCode.UNAVAILABLE
+    gateway.fail(reason, message="cut", after=["Once upon"], code=unavailable)
     code, out, err = chat(gateway, "Hi")
     assert (code, out) == (1, "Once upon\n")
-    assert "only the beginning; ask again" in err
+    assert "cut; what is above is only the beginning; ask again" in err
+    assert "--target" not in err
+
+
+def test_a_gateway_that_leaves(gateway: FakeGateway) -> None:
+    gateway.fail("GATEWAY_DRAINING", message="shutting down", pushback_ms=-1)
+    assert "GATEWAY_DRAINING: shutting down; ask again (request" in chat(gateway, "Hi")[2]
 
 
 def test_too_slow(gateway: FakeGateway) -> None:

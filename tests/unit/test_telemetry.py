@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tokenwire_service.secret import Scrubber, Secret
 from tokenwire_service.telemetry import (
+    ABANDONED,
     AttemptEvent,
     CallEvent,
     LineFormatter,
@@ -212,6 +213,7 @@ def test_what_was_recorded_does_not_change(event: AttemptEvent | CallEvent) -> N
     [
         (ATTEMPT, "warning"),
         (replace(ATTEMPT, fault="", upstream_code=""), "debug"),
+        (replace(ATTEMPT, fault=ABANDONED), "debug"),
         (CALL, "info"),
         (replace(CALL, code="UNAVAILABLE", reason="UPSTREAM_ERROR"), "info"),
         (replace(CALL, code="INTERNAL", reason="INTERNAL"), "error"),
