@@ -135,8 +135,9 @@ class Attempts:
         self._backoff = backoff
         self._now = now
         self._sleep = sleep
-        # Of each upstream, with the keys it was made for: to make one takes a while.
-        self._scrubbers: dict[str, tuple[tuple[Key, ...], Scrubber]] = {}
+        # Of each upstream, with the keys and organizations it was made for: to make one takes a
+        # while.
+        self._scrubbers: dict[str, tuple[tuple[tuple[Key, ...], frozenset[str]], Scrubber]] = {}
 
     async def run(self, call: Call, plan: Plan, use: Callable[[Attempt], Awaitable[T]]) -> T:
         """Calls `use` until it answers or the verdict table, the budget or time says no."""
@@ -323,16 +324,14 @@ class Attempts:
         if lease.key not in keys:  # it was removed meanwhile
             keys = (*keys, lease.key)
         name = pool.upstream.name
-        made_for, scrub = self._scrubbers.get(name, ((), Scrubber(())))
-        if made_for != keys:
-            organizations = {*pool.upstream.organizations, *(each.organization for each in keys)}
-            accounts = (
-                Secret(each)
-                for each in organizations
-                if each is not None and len(each) >= _SHORTEST_ACCOUNT
-            )
+        organizations = {*pool.upstream.organizations, *(each.organization for each in keys)}
+        organizations.add(lease.organization)  # it may be of a configuration before
+        wanted = keys, frozenset(each for each in organizations if each)
+        made_for, scrub = self._scrubbers.get(name, (None, Scrubber(())))
+        if made_for != wanted:
+            accounts = (Secret(each) for each in wanted[1] if len(each) >= _SHORTEST_ACCOUNT)
             scrub = Scrubber((*(each.secret for each in keys), *accounts))
-            self._scrubbers[name] = keys, scrub
+            self._scrubbers[name] = wanted, scrub
         return scrub
 
     # --- records ------------------------------------------------------------------------

@@ -348,7 +348,7 @@ class Gateway:
         if self._running.closed or not call.accepted:
             self.refuse_if_draining()
         if not call.accepted:
-            self._refuse_if_late()
+            self.refuse_if_late()
         seconds = call.deadline - self._now()
         if seconds <= 0:
             raise self._out_of_time(call)
@@ -376,7 +376,7 @@ class Gateway:
             if not timer.expired():  # at its deadline already, at this very moment
                 timer.reschedule(asyncio.get_running_loop().time())
 
-    def _refuse_if_late(self) -> None:
+    def refuse_if_late(self) -> None:
         """Raises GATEWAY_OVERLOADED while the event loop runs so late that one call more would
         slow down all that run."""
         if self.lag.seconds > self.config.limits.loop_lag:

@@ -97,6 +97,7 @@ class ChatServicer:
         check(request)
         gateway = self._current()
         gateway.refuse_if_draining()
+        gateway.refuse_if_late()  # its items are accepted with it
         limit = gateway.config.limits.batch_items_at_once
         workers = min(request.max_concurrency or limit, limit, len(request.items))
         waiting = iter(enumerate(request.items))

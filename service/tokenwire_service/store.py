@@ -22,6 +22,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from tokenwire_service.secret import Scrubber
 from tokenwire_service.settings import Redis
 from tokenwire_service.timer import Within
 
@@ -89,6 +90,7 @@ class Store:
         self.settings = settings
         self._scripts = (_MARK, *scripts)
         self._logger = logger
+        self._scrub = Scrubber(filter(None, [settings.password]))
         self._now = now
         self._sleep = sleep
         self._random = random
@@ -145,7 +147,8 @@ class Store:
                 self._leave("the gateway ends", tell=False)
                 raise
             except Exception as error:  # noqa: BLE001  # whatever it is, calls must go on without
-                self._leave(f"{type(error).__name__}: {error}".rstrip(": "))
+                # Redis quotes what it does not understand, its password too.
+                self._leave(self._scrub(f"{type(error).__name__}: {error}".rstrip(": ")))
             finally:
                 with contextlib.suppress(Exception):
                     await client.aclose()

@@ -23,6 +23,7 @@ from harness import (
     until,
     upstream,
 )
+from tokenwire.v1 import chat_service_pb2
 from tokenwire_service.config import Limits
 from tokenwire_service.keyring import KeyRing, Lease
 from tokenwire_service.looplag import LoopLag
@@ -123,6 +124,30 @@ async def test_a_whole_answer_is_not_cut_off_by_its_connections_end_after_a_rest
                 assert answer.finish()
         finally:
             await client.close()
+
+
+async def test_a_loop_that_is_very_late_takes_no_new_batch_and_goes_on_with_those_that_run(
+    start: Start,
+) -> None:
+    go_on = asyncio.Event()
+
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        await go_on.wait()
+        return completion()
+
+    async with provider(answer) as served:
+        gateway = await start(upstream(served.base_url), limits=Limits(loop_lag=0.2))
+        wanted = chat_service_pb2.BatchChatRequest(max_concurrency=1)
+        for _ in range(3):
+            wanted.items.add(chat=request())
+        running = gateway.chat.BatchChat(wanted)
+        await until(lambda: served.open == 1)
+        held(gateway, seconds=0.3)
+        failure = await failing(gateway.chat.BatchChat(wanted))
+        assert failure.reason == "GATEWAY_OVERLOADED"
+        go_on.set()
+        assert [each.WhichOneof("result") async for each in running] == ["response"] * 3
+        assert len(served.asked) == 3
 
 
 @pytest.mark.parametrize("method", ["Chat", "StreamChat"])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import msgspec
 import pytest
 from aiohttp import web
 
@@ -30,6 +31,8 @@ from harness import (
     receive,
     request,
     stream_request,
+    until,
+    upstream,
 )
 from tokenwire.v1 import chat_service_pb2, model_service_pb2
 from tokenwire_service.cli import _serve_config
@@ -416,6 +419,32 @@ async def test_an_organization_is_told_to_no_caller(start: Start, log: Log) -> N
     assert all("no such project in ***" in failure.message for failure in failures)
     assert all(clean(failure.everything) for failure in failures)
     assert clean(repr(gateway.events.attempts) + repr(gateway.events.calls) + log.text)
+
+
+async def test_an_organization_of_the_configuration_before_is_told_to_nobody_either(
+    start: Start,
+) -> None:
+    go_on = asyncio.Event()
+
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        await go_on.wait()
+        said = f"no such project in {asked.headers['openai-organization']}"
+        return web.json_response({"error": {"message": said}}, status=400)
+
+    async with provider(answer) as served:
+        before = upstream(served.base_url, organizations=("org-NobodyMayKnow1",))
+        gateway = await start(before)
+        failing_call = asyncio.ensure_future(failing(gateway.chat.Chat(request())))
+        await until(lambda: len(served.asked) == 1)
+        live = gateway.running.live
+        after = msgspec.structs.replace(before, organizations=("org-AnotherOneSince",))
+        taken = live.take(msgspec.structs.replace(live.config, upstreams=(after,)))
+        go_on.set()
+        failure = await failing_call
+        assert "no such project in ***" in failure.message
+        assert clean(failure.everything)
+        for client in taken.left:
+            await client.close()
 
 
 async def test_the_trail_of_attempts_names_keys_by_their_ids(start: Start, log: Log) -> None:

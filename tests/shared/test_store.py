@@ -83,6 +83,16 @@ async def test_a_password(tmp_path: Path, password: str | None) -> None:
             assert "wrong" not in log.getvalue()
 
 
+async def test_no_log_shows_a_password_that_redis_quotes(tmp_path: Path) -> None:
+    """One that does not know AUTH, as some in front of others, says what it was given."""
+    async with redis_server(tmp_path, "--rename-command", "AUTH", "ANOTHER") as server:
+        settings = Redis(url=server.url, on_failure="open", password=Secret(PASSWORD))
+        async with reaching(settings) as (store, _, log):
+            assert not store.here
+            assert "unknown command" in log.getvalue()
+            assert PASSWORD not in log.getvalue()
+
+
 async def test_a_unix_socket(tmp_path: Path) -> None:
     path = tmp_path / "redis.sock"
     async with redis_server(tmp_path, "--unixsocket", str(path)):
