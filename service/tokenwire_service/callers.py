@@ -8,6 +8,7 @@ day of a budget, which is a calendar day in UTC.
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -89,7 +90,7 @@ class Tenant:
     def may_ask(self, model: str) -> bool:
         """Whether a model's name is among those it may use."""
         allowed = self._caller.models if self._caller is not None else ()
-        return not allowed or any(fnmatchcase(model, pattern) for pattern in allowed)
+        return not allowed or any(fnmatchcase(model, _literal(pattern)) for pattern in allowed)
 
     def check(self, model: str) -> None:
         """Raises CALLER_FORBIDDEN for a model it may not ask."""
@@ -268,3 +269,8 @@ class Callers:
 
 def _unknown(why: str) -> GatewayError:
     return GatewayError(error_reason_pb2.ERROR_REASON_CALLER_UNAUTHENTICATED, why)
+
+
+def _literal(pattern: str) -> str:
+    """A pattern in which `*` alone stands for more than itself: names of models have brackets."""
+    return re.sub(r"[?[]", r"[\g<0>]", pattern)

@@ -193,7 +193,8 @@ class Observed:
         """Counts it."""
         self._rpcs(event.method, event.code, event.reason, event.caller).inc()
         self._rpc_seconds(event.method).observe(event.seconds)
-        if event.method in _CHATS:
+        # Who was refused before it could wait says nothing of waits.
+        if event.method in _CHATS and (event.queue_seconds or event.attempts):
             self._queue_seconds.observe(event.queue_seconds)
             self._key_seconds.observe(event.key_seconds)
         self._backoff_seconds.inc(event.backoff_seconds)

@@ -186,9 +186,7 @@ def _explained(error: TokenwireError, target: str, token_env: str) -> Iterator[s
         advice = _BEGINNING  # the stream outlived the grace
     if not error.reason and error.code is grpc.StatusCode.UNAVAILABLE:
         # Without a reason no gateway has spoken: this is the local gRPC's own text.
-        if error.partial_text:
-            what, advice = f"lost the connection to {target}: {what}", _BEGINNING
-        elif "refused" in what:
+        if "refused" in what:
             what, advice = f"nothing listens at {target}", "start one with `tokenwire serve`"
         elif "DNS" in what or "resol" in what.lower():
             what, advice = f"cannot find the host of {target}", "check --target"

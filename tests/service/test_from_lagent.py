@@ -1,4 +1,4 @@
-"""docs/from-lagent.md: its examples run, and its tables name everything that the seed has."""
+"""docs/from-lagent.md: its examples run, and its tables name everything that lagent has."""
 
 from __future__ import annotations
 

@@ -93,10 +93,11 @@ async def test_calls_attempts_and_tokens_are_counted(start: Start, simulator: Si
     received = await receive(gateway.chat.StreamChat(stream_request(chat)))
     assert received.failure is None
     await failing(gateway.chat.Chat(request(extra_body_json=simulate(fault="refused"))))
+    await failing(gateway.chat.Chat(request(model="")))  # waits for nothing
     found = await scrape(gateway)
     method = "tokenwire.v1.ChatService/Chat"
     assert found("rpcs_total", method=method, code="OK", reason="", caller="") == 3
-    assert found("rpc_duration_seconds_count", method=method) == 4
+    assert found("rpc_duration_seconds_count", method=method) == 5
     assert found("attempts_total", upstream="test", model="m", outcome="ok") == 4
     assert found("attempt_duration_seconds_count", upstream="test") == 5
     assert found("tokens_total", upstream="test", model="m", type="completion") == 80

@@ -108,6 +108,13 @@ def test_models() -> None:
     assert refused(lambda: who.check("gpt-4o")).reason_name == "CALLER_FORBIDDEN"
 
 
+@pytest.mark.parametrize("name", ["gpt-4?", "m[12]", "[!a]*"])
+def test_only_a_star_stands_for_other_characters(name: str) -> None:
+    who = Tenant(Caller(name="a", models=(name,)))
+    assert who.may_ask(name)
+    assert [who.may_ask(m) for m in ("gpt-4o", "m1", "b")] == [False] * 3
+
+
 # --- how much ---------------------------------------------------------------------------------
 
 

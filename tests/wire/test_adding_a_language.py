@@ -90,7 +90,12 @@ async def test_its_client_conforms() -> None:
 
 
 class HalfAnswers(chat_service_pb2_grpc.ChatServiceServicer):
-    """Ends with OK in the middle, as a proxy may and the gateway never does."""
+    """Ends in the middle without a reason: with OK, as a proxy may and the gateway never
+    does, or as a connection that breaks.
+    """
+
+    def __init__(self, code: grpc.StatusCode) -> None:
+        self._code = code
 
     async def StreamChat(  # noqa: N802
         self, request: chat_service_pb2.StreamChatRequest, context: Any
@@ -98,6 +103,8 @@ class HalfAnswers(chat_service_pb2_grpc.ChatServiceServicer):
         header, delta = chat_service_pb2.ResponseHeader(), chat_service_pb2.Delta(content="half")
         yield chat_service_pb2.StreamChatResponse(header=header)
         yield chat_service_pb2.StreamChatResponse(delta=delta)
+        if self._code is not grpc.StatusCode.OK:
+            await context.abort(self._code, "Socket closed")
 
 
 HALF = """
@@ -113,11 +120,20 @@ end
 
 
 @pytest.mark.usefixtures("ruby")
-async def test_ok_without_a_trailer_is_no_answer() -> None:
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (grpc.StatusCode.OK, "STREAM_INCOMPLETE"),
+        (grpc.StatusCode.UNAVAILABLE, "UPSTREAM_STREAM_INTERRUPTED"),
+    ],
+)
+async def test_half_an_answer_has_a_reason_whoever_ends_it(
+    code: grpc.StatusCode, reason: str
+) -> None:
     made = await asyncio.to_thread(driver._make, EXAMPLE, "generate")
     assert made.returncode == 0, made.stdout
     server = grpc.aio.server()
-    chat_service_pb2_grpc.add_ChatServiceServicer_to_server(HalfAnswers(), server)
+    chat_service_pb2_grpc.add_ChatServiceServicer_to_server(HalfAnswers(code), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
@@ -125,4 +141,4 @@ async def test_ok_without_a_trailer_is_no_answer() -> None:
     finally:
         await server.stop(None)
     assert ran.code == 0, ran.err
-    assert ran.out == "STREAM_INCOMPLETE\nhalf\n"
+    assert ran.out == f"{reason}\nhalf\n"

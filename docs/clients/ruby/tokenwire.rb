@@ -262,6 +262,7 @@ module Tokenwire
       raise Error.incomplete(@reply) unless whole
     rescue Error => e
       e.partial ||= @reply
+      e.broke_off unless @reply.text.empty?
       raise
     end
 
@@ -314,6 +315,12 @@ module Tokenwire
         "the stream ended before the answer was whole",
         code: "UNAVAILABLE", reason: "STREAM_INCOMPLETE", partial: partial
       )
+    end
+
+    # Of a stream with text: UNAVAILABLE without a reason is a connection that broke. Nobody was left
+    # to say so.
+    def broke_off
+      @reason = "UPSTREAM_STREAM_INTERRUPTED" if @reason.empty? && @code == "UNAVAILABLE"
     end
 
     def initialize(message, code:, reason:, metadata: {}, retry_after: nil, request_id: nil,
