@@ -535,7 +535,7 @@ async fn a_connection_that_breaks_midway_is_unavailable_and_not_asked_again() {
     let error = stream.reply().await.unwrap_err();
     assert_eq!(
         (error.code(), error.reason()),
-        (Code::Unavailable, &Reason::Unspecified),
+        (Code::Unavailable, &Reason::UpstreamStreamInterrupted),
         "{error}"
     );
     assert_eq!(error.partial_text(), "Once ");
