@@ -622,12 +622,14 @@ class TokenSource(Struct, frozen=True, kw_only=True):
     # Environment variable; it may hold several tokens, separated by commas or line breaks.
     env: EnvironmentName | None = None
     # File with one token on each line, relative to this file.
-    file: Annotated[str, Meta(min_length=1, description="a path")] | None = None
+    file: (
+        Annotated[str, Meta(min_length=1, description="a path", extra={"hidden": True})] | None
+    ) = None
 
 
 _TOKEN = Meta(
     description="a mapping with env or file (the token itself never stands here)",
-    extra={"source": TokenSource},
+    extra={"source": TokenSource, "hidden": True},
 )
 
 

@@ -284,6 +284,9 @@ def _escaped(line: str) -> str:
 
 # Libraries whose warnings would else go to stderr in a form, and with secrets, of their own.
 _LIBRARIES = ("aiohttp", "asyncio", "grpc", "opentelemetry")
+# They warn of what is wrong with a caller's traceparent and tracestate, and quote it, many times a
+# call: whoever reaches the port could fill the log.
+_OF_CALLERS = ("opentelemetry.trace.span", "opentelemetry.trace.propagation.tracecontext")
 
 
 def configure_logging(
@@ -298,4 +301,6 @@ def configure_logging(
         logger.handlers[:] = [handler]
         logger.propagate = False
         logger.setLevel("WARNING" if name in _LIBRARIES else level.upper())
+    for name in _OF_CALLERS:
+        logging.getLogger(name).setLevel("ERROR")
     return logging.getLogger("tokenwire")

@@ -530,6 +530,14 @@ MALFORMED: dict[str, tuple[str, list[str]]] = {
             "context_window_tokens, 10"
         ],
     ),
+    "tokens of callers where they would be shown": (
+        "callers:\n  a: {tokens: [planted-token]}\n  b: {tokens: [{file: 123456}]}",
+        [
+            "3: callers.a.tokens[0]: got a value that is not shown, expected a mapping with env or "
+            "file (the token itself never stands here)",
+            "4: callers.b.tokens[0].file: got a value that is not shown, expected a path",
+        ],
+    ),
     "token caps": (
         "models:\n  a:\n    upstream: u\n    context_window_tokens: 10\n"
         "    max_completion_tokens: 20\n    defaults:\n      max_completion_tokens: 30",

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
 
 from tokenwire_service.config import Config, Model, Upstream
 from tokenwire_service.labels import OTHER, Labels
-from tokenwire_service.otlp import Meter, provider
+from tokenwire_service.otlp import Meter, Tracer, provider
 from tokenwire_service.providers import DIALECTS, PROFILES
-from tokenwire_service.telemetry import AttemptEvent, log_scrubber
+from tokenwire_service.telemetry import AttemptEvent, configure_logging, log_scrubber
 from tokenwire_service.upstream.dialect import Route
 
 # `gen_ai.provider.name` as the conventions list them; others are our own words.
@@ -99,3 +101,13 @@ def test_attributes_follow_the_configuration_in_force() -> None:
     assert refused["gen_ai.request.model"] == OTHER
     [listed] = [each for each in all_of_them if each["gen_ai.operation.name"] == "list_models"]
     assert "gen_ai.request.model" not in listed
+
+
+@pytest.mark.parametrize("state", ["no member, a=1,a=2,=,", "a" * 600])
+def test_no_caller_fills_the_log_by_its_trace(state: str) -> None:
+    log = io.StringIO()
+    configure_logging("info", as_json=True, stream=log)
+    tracer = Tracer(TracerProvider(shutdown_on_exit=False), True, log_scrubber())
+    for parent in (f"00-{'1' * 32}-{'2' * 16}-01", "0" * 600):
+        tracer.call("a/b", (("traceparent", parent), ("tracestate", state)))
+    assert log.getvalue() == ""
