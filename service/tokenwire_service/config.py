@@ -140,6 +140,7 @@ class _Loading:
         self._path = path
         self._environ = environ
         self._warnings: list[str] = []
+        self._token_files: dict[str, None] = {}  # in the order of the file
         self._entries: dict[Place, list[KeyEntry]] = {}  # by upstream
         self._naming: dict[Place, Naming] = {}
         self._reader = Reader(str(path), expand=self._expand, secret_text=_LOOKS_LIKE_KEY)
@@ -164,7 +165,9 @@ class _Loading:
         )
         config = msgspec.structs.replace(config, models=tuple(self._models(config)))
         self._check_whole(config)
-        config = msgspec.structs.replace(config, warnings=tuple(self._warnings))
+        config = msgspec.structs.replace(
+            config, warnings=tuple(self._warnings), token_files=tuple(self._token_files)
+        )
         self._raise_problems(config)
         return config
 
@@ -269,6 +272,7 @@ class _Loading:
             path = self._path.parent / source.file
             texts = self._file_texts(path, source.file, (*place, "file"))
         if isinstance(source, TokenSource):
+            self._token_files |= {str(path): None} if path else {}
             return self._tokens(texts, place)
         return self._keys(source, texts, place, path)
 

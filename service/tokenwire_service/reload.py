@@ -1,5 +1,7 @@
 """The configuration file, watched: when it is read again, and what has come of that.
 
+Files of callers' tokens are watched with it, since who may call is part of it.
+
 It is polled by content, as files of keys are, and for the same reasons: a mounted ConfigMap changes
 by the swap of a symbolic link. Content is read once two looks in a row have found it, so that a
 file which is being written is not; SIGHUP reads it at once. It is taken as a whole or not at all:
@@ -12,9 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from tokenwire_service.config import Config, ConfigError
@@ -45,14 +49,15 @@ class Source:
 
 
 class ConfigFile:
-    """How the file was found. `first`: when it was read for the start."""
+    """How the file was found, and what is watched with it. `first`: when it was read for the start.
+    What was found is compared and not looked into."""
 
-    def __init__(self, first: Look) -> None:
+    def __init__(self, first: object) -> None:
         self._last = self._tried = first
         self._skip = 0  # looks until what was refused is tried again; 0 if nothing was
         self._skipped = 0
 
-    def see(self, look: Look, *, asked: bool = False) -> bool:
+    def see(self, look: object, *, asked: bool = False) -> bool:
         """Whether the file should be read now."""
         settled = look == self._last
         self._last = look
@@ -87,7 +92,9 @@ async def watch(
     """Looks every `interval` seconds, and at once when asked, for ever. `loaded`: what was made of
     the file for the start. `take` puts a configuration
     in force and returns the settings that stay as they are until a restart."""
-    file = ConfigFile(source.first)
+    # Of files of tokens it is not known how they were when they were read: they are read once more.
+    file = ConfigFile((source.first,))
+    read = source.first
     while True:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(interval()):
@@ -95,7 +102,8 @@ async def watch(
         asked = source.asked.is_set()
         source.asked.clear()
         try:
-            found = await in_thread(lambda: look(source.path), "configuration")
+            looking = partial(_found, source.path, loaded.token_files, look)
+            found = await in_thread(looking, "configuration")
             if not file.see(found, asked=asked):
                 continue
             try:
@@ -105,9 +113,11 @@ async def watch(
                 _refused(error, revision, logger, asked=asked)
                 continue
             file.taken()
+            edited, read = found[0] != read, found[0]
             if config == loaded:
                 revision.problem = ""
-                logger.info("configuration unchanged", extra={"fields": {}})
+                if asked or edited:
+                    logger.info("configuration unchanged", extra={"fields": {}})
                 continue
             kept = take(config)
             loaded = config
@@ -119,6 +129,18 @@ async def watch(
         revision.generation += 1
         revision.problem = ""
         _taken(config, kept, revision, logger)
+
+
+def _found(path: Path, tokens: tuple[str, ...], look: Callable[[Path], Look]) -> tuple[Look, ...]:
+    """The file, and digests of those of tokens: what these hold is kept nowhere. None of them where
+    one is a pipe, which can be read only once."""
+    beside = [look(Path(each)) for each in tokens]
+    if any(each.lasting for each in beside):
+        beside = []
+    return (
+        look(path),
+        *(replace(each, content=hashlib.sha256(each.content).digest()) for each in beside),
+    )
 
 
 def _refused(

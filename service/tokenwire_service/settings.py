@@ -711,6 +711,8 @@ class Config(Struct, frozen=True, kw_only=True):
     models: tuple[Model, ...] = ()
     # What was put right or looks odd, one sentence each.
     warnings: Annotated[tuple[str, ...], Internal] = ()
+    # Paths of files of callers' tokens, for whoever watches them.
+    token_files: Annotated[tuple[str, ...], Internal] = ()
 
     @property
     def needs_simulator(self) -> bool:

@@ -242,3 +242,40 @@ async def test_a_model_that_left_is_gone_and_its_upstream_with_it(tmp_path: Path
             gateway.signal(signal.SIGTERM)
     assert (len(first.asked), len(second.asked)) >= (1, 2)
     assert not events(gateway, "defect")
+
+
+async def test_tokens_in_a_file_come_and_go_with_it(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("token-of-yesterday")
+
+    async with provider(answer) as served:
+        config = write_config(
+            tmp_path, served.base_url, callers={"one": {"tokens": [{"file": "tokens"}]}}, **FAST
+        )
+        async with serve("--config", config, TEST_KEY=KEYS[0]) as gateway:
+
+            async def ask(day: str) -> str:
+                token = (("authorization", f"Bearer token-of-{day}"),)
+                try:
+                    await gateway.chat.Chat(request(), metadata=token)
+                except grpc.aio.AioRpcError as error:
+                    return error.code().name
+                return "OK"
+
+            assert await ask("yesterday") == "OK"
+            await asyncio.sleep(0.1)  # it is read once more, and nothing is said of that
+            assert not [e for e in gateway.lines if '"configuration' in e]
+            (tmp_path / "next").write_text("token-of-yesterday\ntoken-of-today")
+            (tmp_path / "next").replace(tokens)
+            await logged(gateway, "configuration taken")
+            assert [await ask(day) for day in ("yesterday", "today")] == ["OK", "OK"]
+            (tmp_path / "next").write_text("")  # no token at all: the last good ones stay
+            (tmp_path / "next").replace(tokens)
+            await logged(gateway, "configuration refused")
+            assert await ask("today") == "OK"
+            (tmp_path / "next").write_text("token-of-today")
+            (tmp_path / "next").replace(tokens)
+            await logged(gateway, "configuration taken", 2)
+            assert [await ask(day) for day in ("yesterday", "today")] == ["UNAUTHENTICATED", "OK"]
+            gateway.signal(signal.SIGTERM)
+    assert not [line for line in gateway.lines if "token-of" in line]

@@ -13,7 +13,7 @@ from harness import upstream
 from tokenwire_service.config import Caller, Config, Limits, Log, Timeouts
 from tokenwire_service.keyfiles import Look
 from tokenwire_service.live import restrained
-from tokenwire_service.reload import MOST_SKIPPED, ConfigFile
+from tokenwire_service.reload import MOST_SKIPPED, ConfigFile, _found
 from tokenwire_service.secret import Digest
 from tokenwire_service.settings import RELOADED, Connections, Tls
 from tokenwire_service.typed_yaml import file_fields
@@ -40,6 +40,16 @@ def test_a_change_is_read_once_two_looks_have_found_it() -> None:
 
 def test_a_file_that_is_being_written_is_not_read() -> None:
     assert seen(ConfigFile(A), B, C, B, GONE, C, A, A) == [False] * 7
+
+
+def test_of_files_of_tokens_nothing_is_kept_and_a_pipe_is_not_watched() -> None:
+    there = {Path("f"): A, Path("t"): Look(b"a token"), Path("p"): Look(lasting=True)}
+    found = _found(Path("f"), ("t",), there.__getitem__)
+    assert found[0] == A
+    assert len(found) == 2
+    assert b"a token" not in found[1].content
+    assert found != _found(Path("f"), ("t",), {**there, Path("t"): B}.__getitem__)
+    assert _found(Path("f"), ("t", "p"), there.__getitem__) == (A,)
 
 
 def test_who_asks_has_it_read_at_once() -> None:
