@@ -322,11 +322,11 @@ class KeyRing:
         to lack the model, those known to serve it go before the rest.
         """
         uneven = model in self._uneven
-        all_closed: list[Unavailable] = []
+        all_closed: dict[int, Unavailable] = {}  # by the key's place
         ranked: list[tuple[bool, float, float, int]] = []
         for place, state in enumerate(self._keys):
             if avoid and state.key.quota_group in avoid:
-                all_closed.append(Unavailable(math.inf, Fault.OVER_TIER))
+                all_closed[place] = Unavailable(math.inf, Fault.OVER_TIER)
                 continue
             unknown = uneven and model not in state.serves
             if sticky:
@@ -338,12 +338,13 @@ class KeyRing:
         # a heap gives the next one only where it is asked for.
         heapify(ranked)
         while ranked:
-            state = self._keys[heappop(ranked)[-1]]
+            place = heappop(ranked)[-1]
+            state = self._keys[place]
             closed = self._closed(state, model, now, tokens)
             if closed is None:
                 return self._grant(state, model, now, tokens)
-            all_closed.append(closed)
-        return _soonest(all_closed)
+            all_closed[place] = closed
+        return _soonest([all_closed[place] for place in sorted(all_closed)])
 
     def succeed(self, lease: Lease) -> None:
         """The key serves: what it probed is open again. Call before release; again does no harm."""

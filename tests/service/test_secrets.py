@@ -377,8 +377,8 @@ async def test_a_key_in_the_error_of_a_model_list_is_given_to_nobody(
         gateway = await start(planted(served.base_url), retries=QUICK)
         told = []
         for call in (
-            gateway.models.ListModels(model_service_pb2.ListModelsRequest(), timeout=0.9),
-            gateway.models.GetModel(model_service_pb2.GetModelRequest(name="m"), timeout=0.9),
+            gateway.models.ListModels(model_service_pb2.ListModelsRequest(), timeout=5),
+            gateway.models.GetModel(model_service_pb2.GetModelRequest(name="m"), timeout=5),
         ):
             try:
                 told.append(str(await call))

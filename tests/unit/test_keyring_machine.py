@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -382,4 +383,4 @@ class KeyRingMachine(RuleBasedStateMachine):
 KeyRingMachine.TestCase.settings = settings(
     max_examples=150, stateful_step_count=60, derandomize=True, deadline=None
 )
-TestKeyRingBesideItsModel = KeyRingMachine.TestCase
+TestKeyRingBesideItsModel = pytest.mark.timeout(400)(KeyRingMachine.TestCase)
