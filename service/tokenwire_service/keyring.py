@@ -282,6 +282,27 @@ class KeyRing:
         self._former = dict(in_use[-_FORMER:])
         self.counts_tokens = any(state.tokens is not None for state in self._keys)
 
+    def inherit(self, before: KeyRing) -> None:
+        """Takes over what another ring has found of the keys that both have: what closes them or
+        their groups, and what they have used of their minutes."""
+        known = {(state.key.id, state.key.secret): state for state in before._keys}
+        places: set[Hashable] = set()
+        others: set[Hashable] = set()
+        for state in self._keys:
+            key = state.key
+            was = known.get((key.id, key.secret))
+            if was is None:
+                others.add(("group", key.quota_group))  # perhaps there is credit, as in `replace`
+                continue
+            places |= {("key", key.id, key.secret), ("group", key.quota_group)}
+            state.requests = window(was.requests, key.requests_per_minute)
+            state.tokens = window(was.tokens, key.tokens_per_minute)
+        places -= others
+        for place, block in before._blocks.items():
+            assert isinstance(place, tuple)
+            if place[:3] in places or place[:2] in places:
+                self._blocks[place] = replace(block, probe=None)
+
     def lease(
         self,
         model: str,

@@ -3,7 +3,8 @@
 A new configuration takes effect in one step, between two turns of the event loop. Calls that run
 go on with what they began with: their gateway and the clients it had. What is known stays where
 its name stays: an upstream's key ring with what it has learned of each key, slots, the retry
-budget, what callers have used.
+budget, what callers have used. An upstream at another address has another ring, which inherits
+what is known: calls that run may take keys from theirs yet, and would send them to where they go.
 """
 
 from __future__ import annotations
@@ -112,6 +113,13 @@ class Live:
             if pool is None:
                 self._pools[upstream.name] = self._pool(upstream, config)
                 continue
+            if pool.upstream.base_url != upstream.base_url:
+                left.append(pool.client)
+                if self._shared is not None:
+                    self._shared.keys.leave(upstream.name)
+                before, pool = pool, self._pool(upstream, config, pool.bulkhead)
+                pool.ring.inherit(before.ring)
+                self._pools[upstream.name] = pool
             if _reached_otherwise(pool.upstream, upstream) or config.limits != self.config.limits:
                 left.append(pool.client)
                 pool.client = UpstreamClient(upstream, self._dialect, config.limits)
@@ -165,9 +173,9 @@ class Live:
             before=before,
         )
 
-    def _pool(self, upstream: Upstream, config: Config) -> Pool:
+    def _pool(self, upstream: Upstream, config: Config, slots: Admission | None = None) -> Pool:
         client = UpstreamClient(upstream, self._dialect, config.limits)
-        slots = Admission(_slots(config, upstream), config.limits.queue, time.monotonic)
+        slots = slots or Admission(_slots(config, upstream), config.limits.queue, time.monotonic)
         if self._shared is None:
             return Pool(client, KeyRing(upstream), slots)
         pool = SharedPool(client, KeyRing(upstream), slots, self._shared.quotas)

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import msgspec
 from aiohttp import ClientSession, web
 
 from harness import (
     Provider,
+    Start,
     chunk,
     completion,
     event_stream,
@@ -25,6 +27,8 @@ from harness import (
     until,
 )
 from processes import Program, begun, ended, serve, write_config
+from tokenwire_service.config import Key, Retries, Upstream
+from tokenwire_service.secret import Secret
 
 KEYS = ("sk-test-Planted0-abcdefgh", "sk-test-Planted1-ijklmnop")
 FAST = {"key_file_interval": "10ms", "admin": {"listen": "off"}}
@@ -279,3 +283,35 @@ async def test_tokens_in_a_file_come_and_go_with_it(tmp_path: Path) -> None:
             assert [await ask(day) for day in ("yesterday", "today")] == ["UNAUTHENTICATED", "OK"]
             gateway.signal(signal.SIGTERM)
     assert not [line for line in gateway.lines if "token-of" in line]
+
+
+async def test_keys_for_another_address_are_never_sent_to_the_one_before(start: Start) -> None:
+    """A call that began with the address before tries again after the change."""
+    go_on = asyncio.Event()
+
+    async def failing_once(asked: web.Request) -> web.StreamResponse:
+        await go_on.wait()
+        if asked.headers["authorization"] != "Bearer sk-test-before":
+            return web.json_response({"error": {"code": "invalid_api_key"}}, status=401)
+        return completion() if len(before.asked) > 1 else web.Response(status=500)
+
+    def reached(served: Provider, key: str) -> Upstream:
+        keys = (Key(id="k1", secret=Secret(key)),)
+        return Upstream(name="test", base_url=served.base_url, keys=keys, passthrough=True)
+
+    async with provider(failing_once) as before, provider(answer) as after:
+        gateway = await start(
+            reached(before, "sk-test-before"), retries=Retries(backoff=0.001, backoff_cap=0.001)
+        )
+        running = asyncio.ensure_future(gateway.chat.Chat(request()))
+        await until(lambda: len(before.asked) == 1)
+        live = gateway.running.live
+        upstreams = (reached(after, "sk-test-after"),)
+        taken = live.take(msgspec.structs.replace(live.config, upstreams=upstreams))
+        go_on.set()
+        assert (await running).choices
+        assert (await gateway.chat.Chat(request())).choices
+        for client in taken.left:
+            await client.close()
+    assert {asked.headers["authorization"] for asked in before.asked} == {"Bearer sk-test-before"}
+    assert [asked.headers["authorization"] for asked in after.asked] == ["Bearer sk-test-after"]

@@ -805,6 +805,24 @@ def test_a_probe_of_before_opens_nothing_that_was_closed_since() -> None:
     assert closed(of, 402.0).fault is Fault.QUOTA_EXHAUSTED
 
 
+def test_a_ring_inherits_what_is_known_of_the_keys_that_both_have_and_nothing_else() -> None:
+    before = ring(*keys_of(3, requests_per_minute=1))
+    assert {meet(before, Fault.KEY_REJECTED, 0.0), meet(before, Fault.RATE_LIMITED, 0.0, 50.0)} == {
+        "k0",
+        "k1",
+    }
+    probed = lease(before, 1.0)  # the only request of k2 in its minute
+    renewed = Key(id="k1", secret=Secret("renewed"), requests_per_minute=1)
+    first, _, third = keys_of(3, requests_per_minute=1)
+    after = ring(first, renewed, third)
+    after.inherit(before)
+    assert lease(after, 2.0).key == renewed
+    assert closed(after, 2.0) == Unavailable(61.0, Fault.RATE_LIMITED)
+    assert lease(after, 61.0).key.id == "k2"
+    before.release(probed)
+    assert after.in_flight == 2
+
+
 def test_a_rejected_key_that_comes_back_is_still_rejected() -> None:
     of = ring(*keys_of(1))
     meet(of, Fault.KEY_REJECTED, now=0.0)
