@@ -288,6 +288,8 @@ async def serve_until_signalled(
             insisted = None
             if first is signal.SIGTERM:
                 insisted = await _next(signals, {ended}, drain.propagation)
+                if ended.done():
+                    raise ServerEndedError("the gRPC server ended by itself")
             if insisted is None:
                 # Longer than we wait: what is left then is told why by us, not cut off by gRPC.
                 stopping = asyncio.ensure_future(running.server.stop(drain.grace + 2 * _LAST_WORDS))

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import logging
+import os
 import signal
 import socket
 import sys
@@ -43,7 +44,7 @@ from processes import (
     write_config,
 )
 from tokenwire.v1 import chat_service_pb2, chat_service_pb2_grpc
-from tokenwire_service.config import Config, check
+from tokenwire_service.config import Config, Drain, check
 from tokenwire_service.server import Running, ServerEndedError, serve_until_signalled
 from tokenwire_service.simulator import Simulator
 
@@ -551,6 +552,31 @@ async def test_a_server_that_ends_by_itself_is_an_error(simulator: Simulated) ->
     with pytest.raises(ServerEndedError):
         await serve_until_signalled(config, logging.getLogger("tokenwire.test"), announce)
     await asyncio.gather(*stopping)
+
+
+async def test_a_server_that_ends_by_itself_before_it_was_to_is_an_error(
+    simulator: Simulated,
+) -> None:
+    """Calls were promised the time of the propagation, also after SIGTERM."""
+    drain = Drain(propagation=60.0)
+    config = Config(listen="127.0.0.1:0", upstreams=(upstream(simulator[1]),), drain=drain)
+    ending: list[asyncio.Task[None]] = []
+
+    async def end(running: Running) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        asked = health_pb2.HealthListRequest()
+        while (await running.health.List(asked, None)).statuses[
+            ""
+        ].status == health_pb2.HealthCheckResponse.SERVING:
+            await asyncio.sleep(0.01)
+        await running.server.stop(0)
+
+    def announce(running: Running) -> None:
+        ending.append(asyncio.ensure_future(end(running)))
+
+    with pytest.raises(ServerEndedError):
+        await serve_until_signalled(config, logging.getLogger("tokenwire.test"), announce)
+    await asyncio.gather(*ending)
 
 
 def test_the_environment_of_the_tests_configures_no_gateway(
