@@ -90,8 +90,8 @@ async def watch(
     look: Callable[[Path], Look] = look_at,
 ) -> None:
     """Looks every `interval` seconds, and at once when asked, for ever. `loaded`: what was made of
-    the file for the start. `take` puts a configuration
-    in force and returns the settings that stay as they are until a restart."""
+    the file for the start. `take` puts a configuration in force and returns the settings that stay
+    as they are until a restart."""
     # Of files of tokens it is not known how they were when they were read: they are read once more.
     file = ConfigFile((source.first,))
     read = source.first
