@@ -159,8 +159,9 @@ module Tokenwire
     done = true
     raise Error.of_call(e)
   rescue GRPC::Core::CallError => e
-    # So gRPC for Ruby tells of a call that was cancelled before its first byte.
-    raise Error.new("cancelled: #{e.message}", code: "CANCELLED", reason: "")
+    # So gRPC for Ruby tells of a call that ended before its first byte: cancelled, or too late.
+    code = Time.now < operation.deadline ? "CANCELLED" : "DEADLINE_EXCEEDED"
+    raise Error.new("#{code.downcase}: #{e.message}", code: code, reason: "")
   ensure
     operation.cancel unless done
   end

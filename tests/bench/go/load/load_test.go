@@ -169,13 +169,15 @@ func TestAnOpenLoopKeepsItsRateAndSaysWhatItMissed(t *testing.T) {
 	}
 }
 
-// stalls sends one message and then nothing, until its caller leaves.
+// stalls sends nothing until it is closed: not even a status when the deadline passes, which could
+// be there before the caller's own.
 type stalls struct {
 	contract.UnimplementedChatServiceServer
+	closed chan struct{}
 }
 
-func (stalls) StreamChat(_ *contract.StreamChatRequest, out grpc.ServerStreamingServer[contract.StreamChatResponse]) error {
-	<-out.Context().Done()
+func (s stalls) StreamChat(*contract.StreamChatRequest, grpc.ServerStreamingServer[contract.StreamChatResponse]) error {
+	<-s.closed
 	return nil
 }
 
@@ -185,9 +187,11 @@ func TestTheLimitEndsWhatStalls(t *testing.T) {
 		t.Fatal(err)
 	}
 	server := grpc.NewServer()
-	contract.RegisterChatServiceServer(server, stalls{})
+	closed := make(chan struct{})
+	contract.RegisterChatServiceServer(server, stalls{closed: closed})
 	go server.Serve(listener)
 	defer server.Stop()
+	defer close(closed)
 	o, _ := parse([]string{"-grpc", listener.Addr().String(), "-stream", "-streams", "3", "-limit", "200ms"})
 	got, err := run(o)
 	if err != nil || !reflect.DeepEqual(got["status"], map[string]int{"DEADLINE_EXCEEDED": 3}) {
