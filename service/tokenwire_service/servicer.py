@@ -69,14 +69,15 @@ class ChatServicer:
         cumulative = request.mode == chat_service_pb2.STREAM_MODE_CUMULATIVE
         try:
             check(request)
+            gateway = self._current()
+            call = begin(request.chat, context, gateway.config, self._now)
+            has = await reserved(call, context)
         except GatewayError as error:
             if cumulative and (last := refusal(error)) is not None:
                 await context.write(last)
             raise
-        gateway = self._current()
-        call = begin(request.chat, context, gateway.config, self._now)
         try:
-            with admitted(call, context, await reserved(call, context)):
+            with admitted(call, context, has):
                 await gateway.stream(
                     call,
                     context.write,
