@@ -156,13 +156,16 @@ return 1
 )
 
 # KEYS[7]: what this replica has told of its buckets at its returns. ARGV: replica, milliseconds of
-# a lease, window, day or 0, tokens of that day, how many leases, those; then of each bucket its
-# number, age in milliseconds, requests, tokens. All are sums: what was added is not added again.
+# a lease, window, day or 0, tokens of that day, how many leases, those, how many returns;
+# then of each bucket its number, age in milliseconds, requests, tokens. All are sums: what was
+# added is not added again. What arrives behind a later return, over a slow way, tells nothing.
 _RESTORE = Script(
     _COMMON
     + """
 local replica, lasts, window = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local day, spent, leases = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local turn = tonumber(ARGV[7 + leases])
+if tonumber(redis.call('HGET', KEYS[7], 'turn') or 0) >= turn then return 0 end
 for _, lease in ipairs(redis.call('ZRANGE', KEYS[5], 0, -1)) do
   if string.sub(lease, 1, #replica) == replica then redis.call('ZREM', KEYS[5], lease) end
 end
@@ -176,7 +179,8 @@ end
 local told, before = {}, redis.call('HGETALL', KEYS[7])
 for i = 1, #before, 2 do told[before[i]] = before[i + 1] end
 redis.call('DEL', KEYS[7]) -- what it speaks of no more is over
-for i = 7 + leases, #ARGV, 4 do
+redis.call('HSET', KEYS[7], 'turn', turn)
+for i = 8 + leases, #ARGV, 4 do
   local bucket = math.floor((now - ARGV[i + 1]) / BUCKET)
   for k = 1, 2 do
     local name, count = ARGV[i] .. ' ' .. k, tonumber(ARGV[i + 1 + k])
@@ -308,6 +312,7 @@ class Quotas:
         self._sleep = sleep
         self._replica = uuid.uuid4().hex[:16]
         self._numbers = itertools.count()
+        self._returns = 0  # of Redis
         self._subjects: dict[str, _Subject] = {}
         store.on_return(self._restore)
 
@@ -418,6 +423,7 @@ class Quotas:
     def _restore(self, lost: bool) -> Iterator[tuple[Script, tuple[str, ...], tuple[Value, ...]]]:
         """What Redis should know of this replica's, and was not told when it was taken. It is kept
         after that: who knows whether Redis hears this?"""
+        self._returns += 1
         for name, subject in self._subjects.items():
             self._trim(subject)
             limits = subject.limits
@@ -440,6 +446,7 @@ class Quotas:
                 subject.untold_today,
                 len(subject.leases),
                 *subject.leases,
+                self._returns,
                 *buckets,
             )
             told = self._store.key(f"{name}:told:{self._replica}")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _BATCH = 500  # commands in one round trip
 _FIRST_PAUSE = 0.05  # seconds between two tries to reach it; doubles
 _LONGEST_PAUSE = 0.5
-_BEAT = 0.25  # seconds of silence until it is asked whether it is there, with what it held
+_BEAT = 0.25  # seconds until it is asked again whether it is there, with what it held
 
 Value: TypeAlias = str | int | float
 _Ask: TypeAlias = tuple["Script", Sequence[str], Sequence[Value]]
@@ -101,6 +101,7 @@ class Store:
         self._tried = asyncio.Event()
         self._away_since: float | None = None  # told so already
         self._mark = ""
+        self._ask_at = 0.0  # when to look for it again
         self._restorers: list[Callable[[bool], Iterable[_Ask]]] = []
 
     @property
@@ -194,11 +195,13 @@ class Store:
         self._away_since = None
 
     async def _something(self) -> None:
-        """Waits for commands; none for a while, and it is the question whether Redis is there."""
+        """Waits for commands. Now and then the question whether Redis is there is one of them, also
+        among others: a connection may outlive what Redis held."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_BEAT):
                 await self._wake.wait()
-        if not self._queue:
+        if not self._queue or self._now() >= self._ask_at:
+            self._ask_at = self._now() + _BEAT
             self._queue.append(_Command(_MARK, (self.key("mark"),), (uuid.uuid4().hex,)))
 
     async def _serve(self, client: Client) -> None:

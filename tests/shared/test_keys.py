@@ -273,7 +273,6 @@ async def versions(redis: RedisServer) -> int:
     return int(found[0].split()[-1])
 
 
-@both
 async def test_what_has_passed_is_swept(redis: RedisServer) -> None:
     async with replicas(redis, *TWO) as (one, other):
         for model in ("x", "y", "z"):

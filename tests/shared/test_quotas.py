@@ -405,6 +405,36 @@ async def test_what_is_told_while_it_returns_is_told_until_it_is_heard_and_count
         assert granted([await other.reserve(limits, free)])
 
 
+async def test_what_arrives_behind_a_later_return_tells_nothing(redis: RedisServer) -> None:
+    """Of a connection that was given up: what it sent may come over a slow way yet."""
+    limits = Limits(requests_per_minute=10, in_flight=5)
+    async with replicas(redis, 1) as (one,):
+        one.take(limits, 0)
+        ((_, keys, early),) = one.quotas._restore(False)
+        one.take(limits, 0)
+        ((_, _, later),) = one.quotas._restore(False)
+        await one.store.call(_RESTORE, keys, later)
+        found = await redis.contents()
+        assert "'total': '2'" in found
+        await one.store.call(_RESTORE, keys, early)
+        assert sorted(found.splitlines()) == sorted((await redis.contents()).splitlines())
+
+
+async def test_one_that_is_emptied_is_noticed_while_it_is_never_left_in_peace(
+    redis: RedisServer,
+) -> None:
+    limits = Limits(requests_per_minute=3)
+    async with replicas(redis, 1) as (one,):
+        assert granted([await one.reserve(limits)])
+        await redis.command("FLUSHALL")
+        async with asyncio.timeout(10):
+            while "caller:a:requests" not in await redis.contents():
+                with contextlib.suppress(AwayError):
+                    for _ in range(20):
+                        await one.quotas.reserve("caller:b", Limits(in_flight=1000), 0)
+                await asyncio.sleep(0)
+
+
 async def test_each_window_is_restored_whatever_was_lost(redis: RedisServer) -> None:
     limits = Limits(requests_per_minute=10, tokens_per_minute=1000)
     async with replicas(redis, 1) as (one,):
