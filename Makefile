@@ -279,8 +279,8 @@ faults: $(BIN)/.complete ## Run the fault wall at full length, half an hour (doc
 	$(BIN)/pytest tests/faults --long $(ARGS)
 
 .PHONY: simulate
-simulate: $(BIN)/.complete ## Simulate a million requests; SEED=7 tells one world again, SEEDS=0:20 runs some
-	@PYTHONPATH=tests $(BIN)/python -m simulation.run $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(CALL),--call $(CALL))
+simulate: $(BIN)/.complete ## Simulate a million requests; SEED=7 tells one world again, SEEDS=0:20 runs some, SHARED=0:20 replicas
+	@PYTHONPATH=tests $(BIN)/python -m simulation.run $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(CALL),--call $(CALL)) $(if $(SHARED),--shared $(SHARED))
 
 .PHONY: mutants
 mutants: $(BIN)/.complete ## Break the source on purpose, see which test notices; writes docs/mutants.md

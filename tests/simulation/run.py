@@ -4,6 +4,8 @@ make simulate                     as many as CI does
 make simulate SEEDS=0:20          only these
 make simulate SEED=7              one, and the history of every call that a breach names
 make simulate SEED=7 CALL=c12     one, and the history of that call
+
+Worlds of replicas that share limits are others (replicas.py): make simulate SHARED=7, SHARED=0:20
 """
 
 from __future__ import annotations
@@ -17,12 +19,15 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
 from simulation.history import OK, PLACES, History
 from simulation.judge import judge
+from simulation.replicas import FAULTS
+from simulation.replicas import World as SharedWorld
+from simulation.sharing_judge import calm, judge_shared, known_elsewhere
 from simulation.vtime import run
 from simulation.world import World
 
@@ -32,6 +37,8 @@ from tokenwire_service.errors import reasons as reason_numbers
 SEEDS = range(255)
 SIZE = 4000  # calls in each world
 LEAST = 100  # how often everything must have been met in all of them
+SHARED_SEEDS = range(32)
+SHARED_SIZE = 1000
 
 # Every reason of the contract that a chat can end with where callers are not known. INTERNAL is a
 # defect, and no world may see one.
@@ -144,6 +151,43 @@ def summarize(seed: int, size: int = SIZE) -> Summary:
     return summary
 
 
+# The same of worlds of replicas.
+SHARED_TO_MEET: dict[str, tuple[str, ...]] = {
+    "outcome": ("OK", "CALLER_QUOTA_EXCEEDED", "GATEWAY_OVERLOADED", "RATE_LIMITED", "CANCELLED"),
+    "fault": FAULTS,
+    "event": (
+        "admitted while Redis was away",
+        "admitted within a minute of that, with it",
+        "reservation without an answer",
+        "closed key left alone by another",
+    ),
+}
+
+
+def summarize_shared(seed: int, size: int = SHARED_SIZE) -> Summary:
+    """One world of replicas, judged."""
+    history = run(SharedWorld(seed, size).run())
+    rpcs, met = history.rpcs, Counter[tuple[str, str]]()
+    for rpc in rpcs:
+        met["outcome", rpc.outcome] += 1
+        away = [(began, ended) for began, ended in history.away[rpc.replica] if began > 0]
+        at = rpc.admitted_at
+        met["event", "admitted while Redis was away"] += any(a < at < b for a, b in away)
+        met["event", "admitted within a minute of that, with it"] += any(
+            at - 60 < b < at for _, b in away
+        ) and calm(history, at, at)
+    for _, kind in history.faults:
+        met["fault", kind] += 1
+    met["event", "reservation without an answer"] += len(history.unheard)
+    met["event", "closed key left alone by another"] += known_elsewhere(history)
+    summary = Summary(1, len(rpcs), max(r.ended for r in rpcs) - min(r.began for r in rpcs))
+    summary.broken = [f"seed {seed}: {each}" for each in judge_shared(history)]
+    summary.met = met
+    told = "\n".join(map(str, rpcs)) + f"{history.faults} {history.away}"
+    summary.digests[seed] = hashlib.sha256(told.encode()).hexdigest()
+    return summary
+
+
 def digest(history: History) -> str:
     """Two histories that differ in anything have different ones."""
     told = hashlib.sha256()
@@ -155,7 +199,9 @@ def digest(history: History) -> str:
     return told.hexdigest()
 
 
-def on_all_cores(seeds: Iterable[int], size: int = SIZE) -> Summary:
+def on_all_cores(
+    seeds: Iterable[int], size: int = SIZE, one: Callable[[int, int], Summary] = summarize
+) -> Summary:
     """All these worlds, judged. Processes of their own, so that each hashes its texts otherwise:
     the same seed must run the same all the same."""
     whole = Summary()
@@ -163,12 +209,12 @@ def on_all_cores(seeds: Iterable[int], size: int = SIZE) -> Summary:
     context = multiprocessing.get_context("spawn")
     seeds = list(seeds)
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        for summary in pool.map(summarize, seeds, [size] * len(seeds)):
+        for summary in pool.map(one, seeds, [size] * len(seeds)):
             whole.add(summary)
     return whole
 
 
-def report(summary: Summary, seconds: float) -> str:
+def report(summary: Summary, seconds: float, to_meet: dict[str, tuple[str, ...]] = TO_MEET) -> str:
     """For people: how much was simulated, what was met how often, what broke."""
     seeds = sorted(summary.digests)
     lines = [
@@ -176,14 +222,15 @@ def report(summary: Summary, seconds: float) -> str:
         f"(seeds {seeds[0]} to {seeds[-1]}), {summary.virtual_seconds / 3600:,.0f} h of their "
         f"time in {seconds:.0f} s: {len(summary.broken)} violations"
     ]
-    for kind, names in TO_MEET.items():
+    for kind, names in to_meet.items():
         others = sorted({name for k, name in summary.met if k == kind} - set(names))
         lines.append(f"  {kind}:")
         lines += [f"    {name:30} {summary.met[kind, name]:>10,}" for name in (*names, *others)]
     lines += [f"  {each}" for each in summary.broken[:20]]
     if summary.broken:
         seed = summary.broken[0].split()[1].rstrip(":")
-        lines.append(f"  again, with the calls' histories: make simulate SEED={seed}")
+        again = f"SEED={seed}" if to_meet is TO_MEET else f"SHARED={seed}"
+        lines.append(f"  again, with the calls' histories: make simulate {again}")
     return "\n".join(lines)
 
 
@@ -208,7 +255,15 @@ def main() -> int:
     parser.add_argument("--call", default="", help="with --seed: this call")
     parser.add_argument("--seeds", default="", help="from:to")
     parser.add_argument("--size", type=int, default=SIZE, help="calls in each world")
+    parser.add_argument("--shared", default="", help="worlds of replicas: seed, or from:to")
     given = parser.parse_args()
+    if given.shared:
+        first, _, last = given.shared.partition(":")
+        seeds = range(int(first), int(last or int(first) + 1))
+        began = time.monotonic()
+        summary = on_all_cores(seeds, SHARED_SIZE, summarize_shared)
+        print(report(summary, time.monotonic() - began, SHARED_TO_MEET))
+        return bool(summary.broken)
     if given.seed is not None:
         print(story(given.seed, given.size, given.call))
         return 0

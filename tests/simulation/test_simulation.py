@@ -11,10 +11,14 @@ from pathlib import Path
 
 import pytest
 from simulation import judge as judges
+from simulation import sharing_judge as sharing_judges
 from simulation.judge import judge
 from simulation.run import (
     LEAST,
     SEEDS,
+    SHARED_SEEDS,
+    SHARED_SIZE,
+    SHARED_TO_MEET,
     SIZE,
     TO_MEET,
     Summary,
@@ -22,11 +26,13 @@ from simulation.run import (
     on_all_cores,
     report,
     story,
+    summarize_shared,
     tell,
 )
 
 INVARIANTS = Path(__file__).parents[2] / "docs" / "invariants.md"
 REQUESTS = 1_000_000
+SHARED_LEAST = 20
 PATIENCE = 3600  # seconds, for machines that have other things to do; two idle cores take minutes
 
 many = pytest.mark.timeout(PATIENCE)
@@ -68,6 +74,24 @@ def test_a_seed_runs_the_same_in_another_process_and_by_other_clocks(everything:
         assert digest(tell(seed, SIZE, clock_jumps=False)) == everything.digests[seed]
 
 
+@many
+def test_no_invariant_of_replicas_is_broken_whatever_becomes_of_their_redis(
+    record_property: Callable[[str, object], None],
+) -> None:
+    began = time.monotonic()
+    found = on_all_cores(SHARED_SEEDS, SHARED_SIZE, summarize_shared)
+    record_property("simulated", report(found, time.monotonic() - began, SHARED_TO_MEET))
+    assert found.broken == []
+    assert found.calls == len(SHARED_SEEDS) * SHARED_SIZE
+    met = {
+        (kind, name): found.met[kind, name]
+        for kind in SHARED_TO_MEET
+        for name in SHARED_TO_MEET[kind]
+    }
+    assert {name: n for name, n in met.items() if n < SHARED_LEAST} == {}
+    assert summarize_shared(3).digests[3] == found.digests[3]
+
+
 @pytest.mark.parametrize("seed", range(1000, 1008))
 def test_no_invariant_is_broken_in_a_small_world(seed: int) -> None:
     assert judge(tell(seed, 1200)) == []
@@ -75,13 +99,13 @@ def test_no_invariant_is_broken_in_a_small_world(seed: int) -> None:
 
 def test_each_invariant_is_judged_where_the_document_says() -> None:
     judged = set()
-    for name in vars(judges):
+    for name in (*vars(judges), *vars(sharing_judges)):
         judged |= {int(n) for n in re.findall(r"(?<![a-z0-9])i(\d+)_", name)}
     document = INVARIANTS.read_text()
     for name in set(re.findall(r"\btest_\w+", document.partition("| | |")[2])):
         assert list(INVARIANTS.parents[1].glob(f"tests/*/{name}.py")), f"no tests/*/{name}.py"
     rows = re.findall(r"^\| I(\d+) \|.*\| (.+) \|$", document, re.MULTILINE)
-    assert [int(number) for number, _ in rows] == list(range(1, 24))
+    assert [int(number) for number, _ in rows] == list(range(1, 28))
     told = {int(number) for number, where in rows if "simulation" in where}
     # I15 is judged by the same worlds with and without clocks that jump.
     assert judged | {15} == told
