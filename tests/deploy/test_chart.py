@@ -258,11 +258,12 @@ _SETTINGS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def test_pods_are_replaced_where_the_configuration_needs_a_restart_and_only_there() -> None:
-    def checksum(manifests: dict[str, str]) -> str:
-        annotations: dict[str, str] = pod_of(manifests)["metadata"]["annotations"]
-        return annotations["checksum/config"]
+def checksum(manifests: dict[str, str]) -> str:
+    annotations: dict[str, str] = pod_of(manifests)["metadata"]["annotations"]
+    return annotations["checksum/config"]
 
+
+def test_pods_are_replaced_where_the_configuration_needs_a_restart_and_only_there() -> None:
     split = {path.partition(".")[0] for path in RELOADED if "." in path}
     fields = {field.name: field.type for field in msgspec.structs.fields(Config)}
     paths = []
@@ -283,6 +284,12 @@ def test_pods_are_replaced_where_the_configuration_needs_a_restart_and_only_ther
     assert kept == RELOADED, "`tokenwire.restarting` in the chart's _helpers.tpl names others"
 
 
+def test_pods_are_replaced_where_callers_are_no_longer_asked_who_they_are() -> None:
+    configs = ("callers: {a: {}}", "callers: {b: {}}", "{}")
+    one, other, nobody = (checksum(each) for each in rendered(*({"config": c} for c in configs)))
+    assert one == other != nobody
+
+
 def test_ports_and_protocol_follow_the_configuration() -> None:
     secured = """
         tls: {certificate: /tls/tls.crt, key: /tls/tls.key}
@@ -293,6 +300,12 @@ def test_ports_and_protocol_follow_the_configuration() -> None:
         ("{}", 50051, "kubernetes.io/h2c", []),
         (secured, 50054, "https", [9999]),
         ('{metrics: {listen: "off"}, health: {listen: "off"}}', 50051, "kubernetes.io/h2c", []),
+        # As the example of every setting has them: nobody outside the pod reaches these.
+        (
+            '{metrics: {listen: "127.0.0.1:9464"}, health: {listen: "[::1]:50054"}}',
+            *(50051, "kubernetes.io/h2c", []),
+        ),
+        ('{metrics: {listen: "unix:/run/metrics1"}}', 50051, "kubernetes.io/h2c", []),
     ]
     answers = rendered(*({"config": config} for config, *_ in cases))
     for (_, probed, protocol, metrics), manifests in zip(cases, answers, strict=True):
@@ -333,7 +346,7 @@ def test_the_way_out_is_open_to_what_the_configuration_names() -> None:
         assert [port["port"] for port in dns["ports"]] == [53, 53]
         assert [port["port"] for port in called["ports"]] == ports, config
         cloud = [to["ipBlock"].get("except") for to in called["to"] if "ipBlock" in to]
-        assert cloud == [["169.254.169.254/32"], None]
+        assert cloud == [["169.254.169.254/32"], ["fd00:ec2::254/128"]]
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -345,6 +358,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"config": "drain: {grace: forever}"}, "config.drain: got forever"),
     ({"config": "drain: ["}, "config: not YAML"),
     ({"config": "tls: {certificate: a, key: b}"}, "config: with tls it needs health"),
+    (
+        {"config": "{tls: {certificate: a, key: b}, health: {listen: 'localhost:50054'}}"},
+        "config: with tls it needs health",
+    ),
     ({"config": "{}", "monitoring": {"enabled": True}}, "monitoring.enabled: config opens no"),
     ({"autoscaling": {"cpuPerPod": ""}}, "neither cpuPerPod nor inFlight"),
 ]
