@@ -246,7 +246,10 @@ def pod(engine: Engine, image: str, simulator: Simulated) -> Iterator[Pod]:
         },
     }
     # The network is this machine's own, which nobody else need reach.
-    parts = [manifests["configmap.yaml"].replace("0.0.0.0", "127.0.0.1"), yaml.safe_dump(deployment)]
+    parts = [
+        manifests["configmap.yaml"].replace("0.0.0.0", "127.0.0.1"),
+        yaml.safe_dump(deployment),
+    ]
     for name, data in secrets.items():
         given = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": data}
         parts.insert(0, yaml.safe_dump(given))
