@@ -241,6 +241,10 @@ class ConfigState(Protocol):
     def failures(self) -> int:
         """How many were not taken since the start."""
 
+    @property
+    def problem(self) -> str:
+        """Why the file, as it was read last, is not in force; empty where it is."""
+
 
 class Standing:
     """A collector: how the gateway stands at the moment of a scrape. Read in the event loop and
@@ -300,6 +304,11 @@ class Standing:
             ),
             ("redis_away", "1 while a Redis that is configured is not there.", self._redis_away()),
             ("config_generation", "Which configuration is in force.", self._revision.generation),
+            (
+                "config_refused",
+                "1 while the configuration file has a problem; the last good one is in force.",
+                bool(self._revision.problem),
+            ),
         ):
             yield GaugeMetricFamily(f"tokenwire_{name}", told, value=value)
         yield CounterMetricFamily(

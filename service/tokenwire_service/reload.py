@@ -125,6 +125,7 @@ async def watch(
         except Exception:
             # Neither may it end the watch in silence, nor is it known what a second try would do.
             revision.failures += 1
+            revision.problem = "a defect of the gateway, which its log tells"
             logger.exception("defect", extra={"fields": {"where": "configuration"}})
             continue
         revision.generation += 1
