@@ -568,10 +568,10 @@ class _Loading:
     def _check_callers(self, config: Config) -> None:
         owners: dict[Digest | str, str] = {}
         # What lost its lines, or was rendered from an empty list, must not let everyone in.
-        if not config.callers and ("callers",) in self._reader.positions:
-            if not self._reader.problems:
-                expected = "at least one; without this section everyone is served"
-                self._reader.problem(("callers",), "nothing", expected)
+        written = ("callers",) in self._reader.positions
+        if written and not config.callers and not self._reader.problems:
+            expected = "at least one; without this section everyone is served"
+            self._reader.problem(("callers",), "nothing", expected)
         for caller in config.callers:
             place: Place = ("callers", caller.name)
             if not caller.models and (*place, "models") in self._reader.positions:

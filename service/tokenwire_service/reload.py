@@ -146,8 +146,8 @@ def _found(path: Path, tokens: tuple[str, ...], look: Callable[[Path], Look]) ->
 
 
 def _stay_closed(before: Config, after: Config, path: Path) -> None:
-    """Raises ConfigError where only callers were served, and everyone would be: a file that lost its
-    end says so, too, and who means it can restart."""
+    """Raises ConfigError where only callers were served, and everyone would be: a file that lost
+    its end says so, too, and who means it can restart."""
     if before.callers and not after.callers:
         expected = "at least one, as before; a restart with this file serves everyone"
         raise ConfigError((f"{path}: callers: got nothing, expected {expected}",))

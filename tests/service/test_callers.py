@@ -28,12 +28,13 @@ from harness import (
     upstream,
 )
 from tokenwire.v1 import (
+    chat_pb2,
     chat_service_pb2,
     chat_service_pb2_grpc,
     model_service_pb2,
     tokenizer_service_pb2,
 )
-from tokenwire_service.config import Caller, Config, Tls
+from tokenwire_service.config import Caller, Config, Model, Tls
 from tokenwire_service.interceptors import OPEN_RPCS
 from tokenwire_service.secret import Digest
 from tokenwire_service.settings import HealthPort
@@ -225,6 +226,28 @@ async def test_tokens_are_counted_as_the_upstream_told_them(
     assert received.trailer.usage.total_tokens >= 55 > received.trailer.usage.completion_tokens
     failure = await failing(gateway.chat.Chat(chat, metadata=bearer()))
     assert failure.reason == "CALLER_QUOTA_EXCEEDED"
+
+
+async def test_chats_at_once_that_name_no_length_do_not_take_many_times_what_is_left(
+    start: Start, simulator: Simulated
+) -> None:
+    """Each is expected to take what its model may."""
+    model = Model(name="m", upstream="test", max_completion_tokens=60)
+    config = Config(
+        listen="127.0.0.1:0",
+        upstreams=(upstream(simulator[1]),),
+        models=(model,),
+        callers=(search(tokens_per_minute=100),),
+    )
+    gateway = await start(config=config)
+    held = request(model="m", extra_body_json=simulate(chunks=["a", "b"], fault="stall_midway"))
+    stream = gateway.chat.StreamChat(stream_request(held), metadata=bearer())
+    await stream.read()
+    failure = await failing(gateway.chat.Chat(request(model="m"), metadata=bearer()))
+    assert failure.reason == "CALLER_QUOTA_EXCEEDED"
+    short = request(model="m", params=chat_pb2.GenerationParams(max_completion_tokens=20))
+    await gateway.chat.Chat(short, metadata=bearer())
+    stream.cancel()
 
 
 async def test_a_stream_counts_until_it_has_ended(start: Start, simulator: Simulated) -> None:
