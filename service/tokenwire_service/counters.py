@@ -28,12 +28,12 @@ class KeyCount:
 
 
 class Counters:
-    """An observer that counts. Since the start; a key that gets a new secret counts on, one that
-    leaves takes its counts with it."""
+    """An observer that counts, for the keys that `keep` names. Since the start; a key that gets a
+    new secret counts on, one that leaves takes its counts with it, and so does an upstream."""
 
     def __init__(self, *, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
-        self._keys: dict[tuple[str, str], KeyCount] = {}
+        self._keys: dict[str, dict[str, KeyCount]] = {}  # by upstream, then by id
         self._calls: Counter[tuple[str, str]] = Counter()
 
     @property
@@ -43,17 +43,23 @@ class Counters:
 
     def key(self, upstream: str, key_id: str) -> KeyCount:
         """The counts of one key, to be read."""
-        return self._keys.get((upstream, key_id)) or KeyCount()
+        return self._keys.get(upstream, {}).get(key_id) or KeyCount()
 
     def keep(self, upstream: str, key_ids: Iterable[str]) -> None:
-        """Forgets the other keys of this upstream: ids may come and go for ever."""
-        kept = set(key_ids)
-        for name in [n for n in self._keys if n[0] == upstream and n[1] not in kept]:
-            del self._keys[name]
+        """Counts these keys of an upstream from now on and forgets its others: ids may come and go
+        for ever."""
+        before = self._keys.get(upstream, {})
+        self._keys[upstream] = {key_id: before.get(key_id) or KeyCount() for key_id in key_ids}
+
+    def leave(self, upstream: str) -> None:
+        """Forgets an upstream, and does not count what ends there yet."""
+        self._keys.pop(upstream, None)
 
     def attempt(self, event: AttemptEvent) -> None:
         """Counts it for its key."""
-        count = self._keys.setdefault((event.upstream, event.key_id), KeyCount())
+        count = self._keys.get(event.upstream, {}).get(event.key_id)
+        if count is None:
+            return  # it outlived its key, or its upstream
         count.attempts += 1
         count.prompt_tokens += event.prompt_tokens
         count.completion_tokens += event.completion_tokens

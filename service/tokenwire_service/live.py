@@ -83,6 +83,7 @@ class Live:
         self.callers = Callers(config.callers, quotas=shared.quotas if shared else None)
         for upstream in config.upstreams:
             self._pools[upstream.name] = self._pool(upstream, config)
+            self._count(upstream.name)
         self.gateway = self._gateway(config, None)
         self._hide()
 
@@ -105,13 +106,14 @@ class Live:
         left: list[UpstreamClient] = []
         for name in self._pools.keys() - {upstream.name for upstream in config.upstreams}:
             left.append(self._pools.pop(name).client)
-            self._counters.keep(name, ())
+            self._counters.leave(name)
             if self._shared is not None:
                 self._shared.keys.leave(name)
         for upstream in config.upstreams:
             pool = self._pools.get(upstream.name)
             if pool is None:
                 self._pools[upstream.name] = self._pool(upstream, config)
+                self._count(upstream.name)
                 continue
             if pool.upstream.base_url != upstream.base_url:
                 left.append(pool.client)
@@ -126,7 +128,7 @@ class Live:
             pool.bulkhead.resize(_slots(config, upstream), config.limits.queue)
             pool.ring.organize(upstream.organizations)
             pool.replace(upstream.keys)
-            self._counters.keep(upstream.name, (key.id for key in pool.ring.known_keys))
+            self._count(upstream.name)
         self.config = config
         self.callers.replace(config.callers)
         self.counter.max_bytes = config.limits.tokenizer_bytes
@@ -150,7 +152,7 @@ class Live:
         pool = self._pools[change.upstream]
         self._hide(*change.keys)
         pool.replace(change.keys)
-        self._counters.keep(change.upstream, (key.id for key in pool.ring.known_keys))
+        self._count(change.upstream)
         if change.added or change.removed or change.changed:
             fields = {
                 "upstream": change.upstream,
@@ -181,6 +183,11 @@ class Live:
         pool = SharedPool(client, KeyRing(upstream), slots, self._shared.quotas)
         self._shared.keys.join(upstream.name, pool.ring, pool.look)
         return pool
+
+    def _count(self, upstream: str) -> None:
+        """Its keys of now are those that are counted, and those in use yet."""
+        ring = self._pools[upstream].ring
+        self._counters.keep(upstream, (key.id for key in ring.known_keys))
 
     def _hide(self, *coming: Key) -> None:
         """Keeps every key out of the log, and those that are `coming`."""

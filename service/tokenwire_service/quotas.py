@@ -5,7 +5,9 @@ no 60 seconds more than the limit is let through, and a unit comes back up to 20
 is a set of leases that its replica renews: those of one that died run out. All times are Redis's.
 
 What this replica has taken in the last minute, it remembers as well. A Redis that comes back is
-told of what was taken while it was away, and one that has forgotten everything of all of it.
+told of what was taken while it was away, and one that has forgotten everything of all of it. It is
+told so at each return, as sums, of which Redis adds what it does not have yet: so nothing is lost
+if it fails again in that moment, and nothing counts twice.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ _DAY = 86_400.0  # seconds
 _SUFFIXES = ("requests", "requests:order", "tokens", "tokens:order", "running", "day")
 
 # KEYS: those of `_SUFFIXES`, in their order. A window is a hash of units by bucket with their
-# `total`, and a set of the buckets in order.
+# `total`, and a set of the buckets in order; a day is a hash of its number, of what was spent, and
+# of how much of that each replica has told at its returns.
 _COMMON = f"""
 local BUCKET = {int(BUCKET * 1000)}
 local time = redis.call('TIME')
@@ -53,6 +56,13 @@ local function add(units, order, window, bucket, count)
   redis.call('PEXPIRE', order, window + 60000)
 end
 
+-- The bucket that has what was taken then, if any: what was restored may be in the one beside.
+local function holds(units, bucket)
+  for _, each in ipairs({{bucket, bucket - 1, bucket + 1}}) do
+    if redis.call('HEXISTS', units, each) == 1 then return each end
+  end
+end
+
 -- Milliseconds until `cost` units fit; 0 if they do.
 local function opens_in(units, order, window, limit, cost)
   local surplus = total(units, order, window) + math.min(cost, limit) - limit
@@ -71,6 +81,7 @@ end
 
 local function spent_today(key)
   if tonumber(redis.call('HGET', key, 'day') or -1) < today then
+    redis.call('DEL', key)
     redis.call('HSET', key, 'day', today, 'spent', 0)
     redis.call('EXPIRE', key, 172800)
   end
@@ -115,19 +126,17 @@ return {1, bucket, today}
 )
 
 # ARGV: lease, its bucket or 0, the age of that in milliseconds, its day, by how many tokens it cost
-# more. A bucket that was restored may be the one beside.
+# more.
 _FINISH = Script(
     _COMMON
     + """
 local lease, bucket, day, more = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[4]), tonumber(ARGV[5])
 redis.call('ZREM', KEYS[5], lease)
 if bucket == 0 then bucket = math.floor((now - ARGV[3]) / BUCKET) end
-for _, each in ipairs({bucket, bucket - 1, bucket + 1}) do
-  if more ~= 0 and redis.call('HEXISTS', KEYS[3], each) == 1 then
-    redis.call('HINCRBY', KEYS[3], each, more)
-    redis.call('HINCRBY', KEYS[3], 'total', more)
-    break
-  end
+bucket = more ~= 0 and holds(KEYS[3], bucket)
+if bucket then
+  redis.call('HINCRBY', KEYS[3], bucket, more)
+  redis.call('HINCRBY', KEYS[3], 'total', more)
 end
 if more ~= 0 and tonumber(redis.call('HGET', KEYS[6], 'day') or -1) == day then
   redis.call('HINCRBY', KEYS[6], 'spent', more)
@@ -146,8 +155,9 @@ return 1
 """
 )
 
-# ARGV: replica, milliseconds of a lease, window, day, tokens of that day, how many leases, those;
-# then of each bucket its age in milliseconds, requests, tokens.
+# KEYS[7]: what this replica has told of its buckets at its returns. ARGV: replica, milliseconds of
+# a lease, window, day or 0, tokens of that day, how many leases, those; then of each bucket its
+# number, age in milliseconds, requests, tokens. All are sums: what was added is not added again.
 _RESTORE = Script(
     _COMMON
     + """
@@ -158,18 +168,25 @@ for _, lease in ipairs(redis.call('ZRANGE', KEYS[5], 0, -1)) do
 end
 for i = 7, 6 + leases do redis.call('ZADD', KEYS[5], now + lasts, ARGV[i]) end
 if leases > 0 then redis.call('PEXPIRE', KEYS[5], lasts) end
-if spent ~= 0 and day == today then
+if day == today then
   spent_today(KEYS[6])
-  redis.call('HINCRBY', KEYS[6], 'spent', spent)
+  redis.call('HINCRBY', KEYS[6], 'spent', spent - (redis.call('HGET', KEYS[6], replica) or 0))
+  redis.call('HSET', KEYS[6], replica, spent)
 end
-for i = 7 + leases, #ARGV, 3 do
-  local bucket = math.floor((now - ARGV[i]) / BUCKET)
+local told, before = {}, redis.call('HGETALL', KEYS[7])
+for i = 1, #before, 2 do told[before[i]] = before[i + 1] end
+redis.call('DEL', KEYS[7]) -- what it speaks of no more is over
+for i = 7 + leases, #ARGV, 4 do
+  local bucket = math.floor((now - ARGV[i + 1]) / BUCKET)
   for k = 1, 2 do
-    local count, units, order = tonumber(ARGV[i + k]), KEYS[2 * k - 1], KEYS[2 * k]
-    local known = redis.call('HEXISTS', units, bucket) == 1
-    if count > 0 or (count < 0 and known) then add(units, order, window, bucket, count) end
+    local name, count = ARGV[i] .. ' ' .. k, tonumber(ARGV[i + 1 + k])
+    local more, units, order = count - (told[name] or 0), KEYS[2 * k - 1], KEYS[2 * k]
+    local at = more > 0 and bucket or more < 0 and holds(units, bucket)
+    if at then add(units, order, window, at, more) end
+    redis.call('HSET', KEYS[7], name, count)
   end
 end
+redis.call('PEXPIRE', KEYS[7], window + 60000)
 return 1
 """
 )
@@ -206,11 +223,14 @@ class Refusal:
 
 @dataclass(eq=False, slots=True)
 class _Taken:
-    """What this replica took within one bucket, and how much of it Redis does not know of."""
+    """What this replica took within one bucket, and how much of it Redis was not told of then, and
+    so has to be at its returns."""
 
+    number: int
     at: float  # monotonic seconds
     requests: int = 0
     tokens: int = 0
+    untold: bool = False  # the next two may be 0 again
     untold_requests: int = 0
     untold_tokens: int = 0
 
@@ -223,7 +243,7 @@ class _Subject:
     taken: deque[_Taken] = field(default_factory=deque)  # of the last minute, by age
     day: int = 0  # since 1970, by Redis or else by this machine
     today: int = 0  # tokens of that day that this replica took
-    untold_today: int = 0
+    untold_today: int = 0  # of these, as those of `_Taken`
 
 
 class Grant:
@@ -333,7 +353,9 @@ class Quotas:
                 if subject.leases:
                     lasts = int(self._lease * 1000)
                     self._store.post(_RENEW, subject.keys, (lasts, *subject.leases))
-                elif not subject.taken and (not subject.today or subject.day < today):
+                    continue
+                spent = subject.today or subject.untold_today
+                if not subject.taken and (not spent or subject.day < today):
                     del self._subjects[name]
 
     # --- inside -------------------------------------------------------------------------
@@ -354,11 +376,12 @@ class Quotas:
         now = self._now()
         self._trim(subject)
         if not subject.taken or subject.taken[-1].at + BUCKET <= now:
-            subject.taken.append(_Taken(now))
+            subject.taken.append(_Taken(next(self._numbers), now))
         taken = subject.taken[-1]
         taken.requests += 1
         taken.tokens += tokens
         if not told:
+            taken.untold = True
             taken.untold_requests += 1
             taken.untold_tokens += tokens
         if day > subject.day:
@@ -377,7 +400,9 @@ class Quotas:
     def _corrected(self, subject: _Subject, taken: _Taken, day: int, more: int) -> None:
         told = self._store.here
         taken.tokens += more
-        taken.untold_tokens += 0 if told else more
+        if not told:
+            taken.untold = True
+            taken.untold_tokens += more
         if day == subject.day and subject.limits.tokens_per_day:
             subject.today += more
             subject.untold_today += 0 if told else more
@@ -391,28 +416,31 @@ class Quotas:
         self._store.post(_FINISH, subject.keys, (lease, bucket, age, day, more))
 
     def _restore(self, lost: bool) -> Iterator[tuple[Script, tuple[str, ...], tuple[Value, ...]]]:
-        """What Redis should know of this replica's, and does not."""
-        for subject in self._subjects.values():
+        """What Redis should know of this replica's, and was not told when it was taken. It is kept
+        after that: who knows whether Redis hears this?"""
+        for name, subject in self._subjects.items():
+            self._trim(subject)
+            limits = subject.limits
             buckets: list[Value] = []
             for taken in subject.taken:
                 if lost:
+                    taken.untold = True
                     taken.untold_requests, taken.untold_tokens = taken.requests, taken.tokens
-                limits = subject.limits
-                requests = taken.untold_requests if limits.requests_per_minute else 0
-                tokens = taken.untold_tokens if limits.tokens_per_minute else 0
-                if requests or tokens:
-                    buckets += (self._age(taken), requests, tokens)
-                taken.untold_requests = taken.untold_tokens = 0
-            spent = subject.today if lost else subject.untold_today
-            subject.untold_today = 0
+                if taken.untold:
+                    requests = taken.untold_requests if limits.requests_per_minute else 0
+                    tokens = taken.untold_tokens if limits.tokens_per_minute else 0
+                    buckets += (taken.number, self._age(taken), requests, tokens)
+            if lost:
+                subject.untold_today = subject.today
             arguments: tuple[Value, ...] = (
                 f"{self._replica}:",
                 int(self._lease * 1000),
                 int(self._minute * 1000),
-                subject.day,
-                spent if subject.limits.tokens_per_day else 0,
+                subject.day if limits.tokens_per_day else 0,
+                subject.untold_today,
                 len(subject.leases),
                 *subject.leases,
                 *buckets,
             )
-            yield _RESTORE, subject.keys, arguments
+            told = self._store.key(f"{name}:told:{self._replica}")
+            yield _RESTORE, (*subject.keys, told), arguments

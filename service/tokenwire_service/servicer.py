@@ -69,14 +69,15 @@ class ChatServicer:
         cumulative = request.mode == chat_service_pb2.STREAM_MODE_CUMULATIVE
         try:
             check(request)
+            gateway = self._current()
+            call = begin(request.chat, context, gateway.config, self._now)
+            has = await reserved(call, context, gateway)
         except GatewayError as error:
             if cumulative and (last := refusal(error)) is not None:
                 await context.write(last)
             raise
-        gateway = self._current()
-        call = begin(request.chat, context, gateway.config, self._now)
         try:
-            with admitted(call, context, await reserved(call, context, gateway)):
+            with admitted(call, context, has):
                 await gateway.stream(
                     call,
                     context.write,
@@ -292,8 +293,8 @@ class Reserved(NamedTuple):
 
 
 async def reserved(call: Call, context: CallContext, gateway: Gateway) -> Reserved:
-    """What `admitted` needs, which must follow at once. An answer counts as long as its model lets it
-    be: many chats at once must not take many times what is left.
+    """What `admitted` needs, which must follow at once. An answer counts as long as its model
+    lets it be: many chats at once must not take many times what is left.
 
     Raises CALLER_FORBIDDEN, CALLER_QUOTA_EXCEEDED; MODEL_NOT_FOUND where tokens count;
     GATEWAY_OVERLOADED where what is shared is away.

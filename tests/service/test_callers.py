@@ -202,6 +202,30 @@ async def test_models_a_caller_may_not_use(start: Start, simulator: Simulated) -
     assert [model.name for model in listed.models] == ["simulated-small"]
 
 
+async def test_a_cumulative_stream_refused_for_its_caller_tells_its_state_where_no_retry_helps(
+    start: Start, simulator: Simulated
+) -> None:
+    """As any other error before the first text; who is not known is not asked what it wants."""
+    caller = search(models=("simulated-*",), requests_per_minute=1)
+    gateway = await start(upstream(simulator[1]), callers=(caller,))
+    server_error = chat_service_pb2.Snapshot.STATE_SERVER_ERROR
+    for model, token, reason, states in (
+        ("forbidden", TOKEN, "CALLER_FORBIDDEN", [server_error]),
+        ("simulated-small", "unknown", "CALLER_UNAUTHENTICATED", []),
+        ("simulated-small", TOKEN, "", None),
+        ("simulated-small", TOKEN, "CALLER_QUOTA_EXCEEDED", []),
+    ):
+        asked = stream_request(request(model=model), mode=chat_service_pb2.STREAM_MODE_CUMULATIVE)
+        received = await receive(gateway.chat.StreamChat(asked, metadata=bearer(token)))
+        if states is None:
+            assert received.failure is None
+            continue
+        assert received.failure is not None
+        assert received.failure.reason == reason
+        assert [each.state for each in received.snapshots] == states
+        assert all(each.message.content == "" for each in received.snapshots)
+
+
 async def test_a_quota_names_what_is_used_up_and_when_it_is_not(
     start: Start, simulator: Simulated
 ) -> None:

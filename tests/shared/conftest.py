@@ -17,7 +17,7 @@ def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.Abstrac
 
 
 @pytest.fixture
-async def redis(tmp_path: Path) -> AsyncIterator[RedisServer]:
-    """One that forgets everything when it is killed."""
-    async with redis_server(tmp_path) as started:
+async def redis(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[RedisServer]:
+    """One that forgets everything when it is killed: a Redis, or what a test asks for."""
+    async with redis_server(tmp_path, engine=getattr(request, "param", "redis")) as started:
         yield started

@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 
 from harness import until
-from redis_server import RedisServer
+from redis_server import RedisServer, both
 from tokenwire_service import quotas, sharedkeys
 from tokenwire_service.admission import Admission
 from tokenwire_service.config import Key, Redis, Upstream
@@ -160,6 +160,7 @@ async def test_what_one_replica_finds_the_other_knows(
         assert all(secret not in found for secret in SECRETS)
 
 
+@both
 async def test_a_longer_closure_stays_whoever_tells_a_shorter_one(redis: RedisServer) -> None:
     async with replicas(redis, *TWO) as (one, other):
         one.meet(Fault.RATE_LIMITED, 1000.0)
@@ -222,6 +223,7 @@ async def test_who_waits_hears_that_it_waits_for_nothing(redis: RedisServer) -> 
         other.ring.release(held)
 
 
+@both
 @pytest.mark.parametrize("lost", [True, False])
 async def test_what_was_found_while_it_was_away_is_told_when_it_is_back(
     redis: RedisServer, lost: bool
@@ -271,6 +273,7 @@ async def versions(redis: RedisServer) -> int:
     return int(found[0].split()[-1])
 
 
+@both
 async def test_what_has_passed_is_swept(redis: RedisServer) -> None:
     async with replicas(redis, *TWO) as (one, other):
         for model in ("x", "y", "z"):
@@ -315,6 +318,7 @@ async def taken(replica: Replica, tokens: int = 0, deadline: float = 0.0) -> Lea
     return await replica.one.lease("m", deadline, tokens=tokens)
 
 
+@both
 async def test_a_key_that_others_have_used_up_is_passed_over_and_costs_nothing(
     redis: RedisServer,
 ) -> None:

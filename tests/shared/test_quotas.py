@@ -8,27 +8,90 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from harness import until
-from redis_server import RedisServer, redis_server
+from redis_server import RedisServer, both, redis_server
 from tokenwire_service.config import Redis
-from tokenwire_service.quotas import SCRIPTS, Grant, Limits, Quotas, Refusal
+from tokenwire_service.quotas import _RESTORE, SCRIPTS, Grant, Limits, Quotas, Refusal
 from tokenwire_service.store import AwayError, Script, Store
 
 LOGGER = logging.getLogger("tokenwire.test")
 
 
+class Cutting:
+    """A way to Redis that breaks in the moment in which a script is called, once for each of the
+    `moments` that are left: `before` Redis hears of it, or `after` it was run."""
+
+    def __init__(self, redis: RedisServer, script: Script) -> None:
+        self._redis = redis
+        self._sha = script.sha.encode()
+        self._served: set[asyncio.Task[None]] = set()
+        self.moments: list[str] = []
+        self.port = 0
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[Cutting]:
+        server = await asyncio.start_server(self._accepted, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+        try:
+            yield self
+        finally:
+            server.close()
+            for task in self._served:
+                task.cancel()
+            await asyncio.gather(*self._served, return_exceptions=True)
+
+    def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._served.add(asyncio.ensure_future(self._serve(reader, writer)))
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """What comes is passed on, and then what is answered."""
+        answers, asks = await asyncio.open_connection("127.0.0.1", self._redis.port)
+        passing = asyncio.ensure_future(self._answer(answers, writer))
+        try:
+            while asked := await reader.read(1 << 20):
+                if self._sha in asked and b"EVALSHA" in asked and self.moments:
+                    moment = self.moments.pop(0)
+                    passing.cancel()
+                    await asyncio.gather(passing, return_exceptions=True)
+                    if moment == "after":
+                        asks.write(asked)
+                        await answers.read(1)
+                    return
+                asks.write(asked)
+        finally:
+            passing.cancel()
+            asks.close()
+            writer.close()
+
+    async def _answer(self, answers: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while answered := await answers.read(1 << 20):
+            writer.write(answered)
+        writer.close()
+
+
 class Replica:
     """One replica's view of the limits of one subject."""
 
-    def __init__(self, redis: RedisServer, minute: float, lease: float, timeout: float) -> None:
+    def __init__(
+        self,
+        redis: RedisServer | Cutting,
+        minute: float,
+        lease: float,
+        timeout: float,
+        pause: Callable[[float], Awaitable[None]],
+    ) -> None:
         settings = Redis(url=redis.url, on_failure="open", timeout=timeout)
-        self.store = Store(settings, SCRIPTS, LOGGER)
+        self.store = Store(settings, SCRIPTS, LOGGER, sleep=pause)
         self.quotas = Quotas(self.store, minute=minute, lease=lease)
         self.granted: list[float] = []  # when each was, monotonic seconds
 
@@ -44,15 +107,16 @@ class Replica:
 
 @asynccontextmanager
 async def replicas(
-    redis: RedisServer,
+    redis: RedisServer | Cutting,
     count: int = 3,
     *,
     minute: float = 60.0,
     lease: float = 10.0,
     timeout: float = 1.0,
+    pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> AsyncIterator[list[Replica]]:
-    """Some that have reached Redis."""
-    made = [Replica(redis, minute, lease, timeout) for _ in range(count)]
+    """Some that have reached Redis. `pause`: how they wait until they try to reach it again."""
+    made = [Replica(redis, minute, lease, timeout, pause) for _ in range(count)]
     tasks = [
         asyncio.ensure_future(each)
         for replica in made
@@ -73,6 +137,7 @@ def granted(found: list[Grant | Refusal]) -> list[Grant]:
     return [each for each in found if isinstance(each, Grant)]
 
 
+@both
 async def test_requests_a_minute_are_exact_over_replicas_that_ask_at_once(
     redis: RedisServer,
 ) -> None:
@@ -105,6 +170,7 @@ async def test_no_window_lets_more_through_and_little_is_held_back(redis: RedisS
     assert len(times) >= 4 * 50
 
 
+@both
 async def test_tokens_are_corrected_by_what_they_really_were(redis: RedisServer) -> None:
     limits = Limits(tokens_per_minute=100)
     async with replicas(redis, 2) as (one, other):
@@ -126,6 +192,7 @@ async def test_a_request_above_the_whole_limit_fits_into_an_empty_window(
         assert isinstance(await other.reserve(limits, 1), Refusal)
 
 
+@both
 async def test_a_budget_of_a_day_ends_at_midnight_utc(redis: RedisServer) -> None:
     limits = Limits(tokens_per_day=100)
     async with replicas(redis, 2) as (one, other):
@@ -143,6 +210,7 @@ async def test_a_budget_of_a_day_ends_at_midnight_utc(redis: RedisServer) -> Non
         assert granted([await one.reserve(limits, 1)])
 
 
+@both
 async def test_what_runs_is_counted_until_it_ends_whoever_ran_it(redis: RedisServer) -> None:
     limits = Limits(in_flight=2)
     async with replicas(redis) as (one, two, three):
@@ -241,6 +309,7 @@ async def test_one_that_does_not_answer_is_away_after_the_timeout(redis: RedisSe
         assert granted([await one.reserve(Limits(in_flight=1))])
 
 
+@both
 async def test_what_was_taken_while_it_was_away_counts_when_it_is_back(
     redis: RedisServer,
 ) -> None:
@@ -283,6 +352,57 @@ async def test_what_it_has_kept_is_not_counted_twice_when_it_is_back(redis: Redi
             await until(lambda: one.store.here)
         assert len(granted([await one.reserve(limits, 600)])) == 1
         assert isinstance(await one.reserve(limits, 0), Refusal)  # five run
+
+
+@both
+@pytest.mark.parametrize("lost", [True, False])
+@pytest.mark.parametrize("moments", [["before"], ["after"], ["before", "after", "before"]])
+async def test_what_is_told_while_it_returns_is_told_until_it_is_heard_and_counts_once(
+    redis: RedisServer, lost: bool, moments: list[str]
+) -> None:
+    limits = Limits(requests_per_minute=10, tokens_per_minute=1000, tokens_per_day=10_000)
+    pauses: asyncio.Queue[asyncio.Event] = asyncio.Queue()
+
+    async def pause(_: float) -> None:
+        over = asyncio.Event()
+        pauses.put_nowait(over)
+        await over.wait()
+
+    async with (
+        Cutting(redis, _RESTORE).serving() as way,
+        replicas(way, 1, pause=pause) as (one,),
+        replicas(redis, 1) as (other,),
+    ):
+        (before,) = granted([await one.reserve(limits, 100)])
+        if lost:
+            await redis.kill()
+            await redis.start()
+        else:
+            one.store.post(Script("it does not know this one"), (), ())
+        over = await pauses.get()
+        taken = [before]
+        way.moments += moments
+        for _ in moments:  # it is there, and away in the same breath
+            taken.append(one.take(limits, 100))
+            over.set()
+            over = await pauses.get()
+        assert not way.moments
+        taken.append(one.take(limits, 100))
+        over.set()
+        await until(lambda: one.store.here and other.store.here)
+        await one.store.drain()
+        found = await redis.contents()
+        assert f"'total': '{len(taken)}'" in found
+        assert f"'total': '{100 * len(taken)}'" in found
+        assert f"'spent': '{100 * len(taken)}'" in found
+        for each in taken:
+            each.settle(40)
+            each.close()
+        await one.store.drain()
+        free = 1000 - 40 * len(taken)
+        refused = await other.reserve(limits, free + 1)
+        assert refused == Refusal("tokens", pytest.approx(60, abs=5))
+        assert granted([await other.reserve(limits, free)])
 
 
 async def test_each_window_is_restored_whatever_was_lost(redis: RedisServer) -> None:
@@ -332,6 +452,7 @@ async def test_who_has_gone_is_forgotten(redis: RedisServer) -> None:
         await until(lambda: not one.quotas._subjects)
 
 
+@both
 @pytest.mark.parametrize("forgotten", ["FLUSHALL", "SCRIPT FLUSH", "DEBUG RELOAD"])
 async def test_whatever_becomes_of_its_data_calls_go_on(redis: RedisServer, forgotten: str) -> None:
     limits = Limits(requests_per_minute=3)

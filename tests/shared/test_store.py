@@ -14,7 +14,7 @@ import pytest
 import trustme
 
 from harness import until
-from redis_server import RedisServer, free_port, redis_server
+from redis_server import RedisServer, both, free_port, redis_server
 from tokenwire_service import sharing
 from tokenwire_service.config import Redis
 from tokenwire_service.quotas import SCRIPTS, Grant, Limits, Quotas
@@ -59,6 +59,7 @@ async def works(settings: Redis) -> str:
         return log.getvalue()
 
 
+@both
 async def test_with_the_rights_that_the_documentation_asks_for(redis: RedisServer) -> None:
     page = Path(__file__).parents[2] / "docs" / "operations.md"
     (rights,) = re.findall(r"^ACL SETUSER tokenwire .*$", page.read_text(), re.MULTILINE)

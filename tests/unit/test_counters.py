@@ -16,6 +16,8 @@ CALL = CallEvent("r", "tokenwire.v1.ChatService/Chat", "OK", "", "", "m", 1, 7, 
 def test_attempts_are_counted_by_key_and_outcome() -> None:
     at = 100.0
     counters = Counters(now=lambda: at)
+    counters.keep("u", ["k", "other", "never"])
+    counters.keep("v", ["k"])
     for event in (
         ANSWERED,
         REFUSED,
@@ -51,12 +53,27 @@ def test_calls_are_counted_by_method_and_code() -> None:
 
 def test_keys_that_are_gone_are_forgotten() -> None:
     counters = Counters()
+    for upstream in "uv":
+        counters.keep(upstream, (f"k{number}" for number in range(100)))
     for number in range(100):
         counters.attempt(replace(ANSWERED, key_id=f"k{number}"))
         counters.attempt(replace(ANSWERED, upstream="v", key_id=f"k{number}"))
     counters.keep("u", ["k7"])
     assert [counters.key("u", f"k{n}").attempts for n in (6, 7)] == [0, 1]
     assert counters.key("v", "k6").attempts == 1
+
+
+def test_what_ends_after_its_key_or_upstream_has_left_leaves_no_trace() -> None:
+    counters = Counters()
+    for upstream in "uv":
+        counters.keep(upstream, ["k", "other"])
+        counters.attempt(replace(ANSWERED, upstream=upstream))
+    counters.keep("u", ["other"])
+    counters.leave("v")
+    for upstream in "uv":
+        counters.attempt(replace(ANSWERED, upstream=upstream))
+        counters.keep(upstream, ["k", "other"])  # another one of that name
+        assert counters.key(upstream, "k") == KeyCount()
 
 
 def test_several_observers_are_told_alike() -> None:

@@ -1208,7 +1208,8 @@ type Snapshot struct {
 	// Where the session stands. Error states are followed by the same error as
 	// the status of the call. Before the first text they are sent, without any, only
 	// where trying again cannot help: else the status stands alone, so that the
-	// caller may retry.
+	// caller may retry. It stands alone, too, where nobody looked at the request: its
+	// caller is unknown, or it cannot be read.
 	State Snapshot_State `protobuf:"varint,1,opt,name=state,proto3,enum=tokenwire.v1.Snapshot_State" json:"state,omitempty"`
 	// Choice this belongs to.
 	ChoiceIndex int32 `protobuf:"varint,2,opt,name=choice_index,json=choiceIndex,proto3" json:"choice_index,omitempty"`

@@ -958,7 +958,8 @@ pub struct Snapshot {
     /// Where the session stands. Error states are followed by the same error as
     /// the status of the call. Before the first text they are sent, without any, only
     /// where trying again cannot help: else the status stands alone, so that the
-    /// caller may retry.
+    /// caller may retry. It stands alone, too, where nobody looked at the request: its
+    /// caller is unknown, or it cannot be read.
     #[prost(enumeration = "snapshot::State", tag = "1")]
     pub state: i32,
     /// Choice this belongs to.

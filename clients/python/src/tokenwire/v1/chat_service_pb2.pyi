@@ -652,7 +652,8 @@ class Snapshot(_message.Message):
     """Where the session stands. Error states are followed by the same error as
     the status of the call. Before the first text they are sent, without any, only
     where trying again cannot help: else the status stands alone, so that the
-    caller may retry.
+    caller may retry. It stands alone, too, where nobody looked at the request: its
+    caller is unknown, or it cannot be read.
     """
     choice_index: _builtins.int
     """Choice this belongs to."""

@@ -283,7 +283,8 @@ private static final long serialVersionUID = 0L;
    * Where the session stands. Error states are followed by the same error as
    * the status of the call. Before the first text they are sent, without any, only
    * where trying again cannot help: else the status stands alone, so that the
-   * caller may retry.
+   * caller may retry. It stands alone, too, where nobody looked at the request: its
+   * caller is unknown, or it cannot be read.
    * </pre>
    *
    * <code>.tokenwire.v1.Snapshot.State state = 1 [json_name = "state"];</code>
@@ -297,7 +298,8 @@ private static final long serialVersionUID = 0L;
    * Where the session stands. Error states are followed by the same error as
    * the status of the call. Before the first text they are sent, without any, only
    * where trying again cannot help: else the status stands alone, so that the
-   * caller may retry.
+   * caller may retry. It stands alone, too, where nobody looked at the request: its
+   * caller is unknown, or it cannot be read.
    * </pre>
    *
    * <code>.tokenwire.v1.Snapshot.State state = 1 [json_name = "state"];</code>
@@ -763,7 +765,8 @@ private static final long serialVersionUID = 0L;
      * Where the session stands. Error states are followed by the same error as
      * the status of the call. Before the first text they are sent, without any, only
      * where trying again cannot help: else the status stands alone, so that the
-     * caller may retry.
+     * caller may retry. It stands alone, too, where nobody looked at the request: its
+     * caller is unknown, or it cannot be read.
      * </pre>
      *
      * <code>.tokenwire.v1.Snapshot.State state = 1 [json_name = "state"];</code>
@@ -777,7 +780,8 @@ private static final long serialVersionUID = 0L;
      * Where the session stands. Error states are followed by the same error as
      * the status of the call. Before the first text they are sent, without any, only
      * where trying again cannot help: else the status stands alone, so that the
-     * caller may retry.
+     * caller may retry. It stands alone, too, where nobody looked at the request: its
+     * caller is unknown, or it cannot be read.
      * </pre>
      *
      * <code>.tokenwire.v1.Snapshot.State state = 1 [json_name = "state"];</code>
@@ -795,7 +799,8 @@ private static final long serialVersionUID = 0L;
      * Where the session stands. Error states are followed by the same error as
      * the status of the call. Before the first text they are sent, without any, only
      * where trying again cannot help: else the status stands alone, so that the
-     * caller may retry.
+     * caller may retry. It stands alone, too, where nobody looked at the request: its
+     * caller is unknown, or it cannot be read.
      * </pre>
      *
      * <code>.tokenwire.v1.Snapshot.State state = 1 [json_name = "state"];</code>
@@ -811,7 +816,8 @@ private static final long serialVersionUID = 0L;
      * Where the session stands. Error states are followed by the same error as
      * the status of the call. Before the first text they are sent, without any, only
      * where trying again cannot help: else the status stands alone, so that the
-     * caller may retry.
+     * caller may retry. It stands alone, too, where nobody looked at the request: its
+     * caller is unknown, or it cannot be read.
      * </pre>
      *
      * <code>.tokenwire.v1.Snapshot.State state = 1 [json_name = "state"];</code>
@@ -832,7 +838,8 @@ private static final long serialVersionUID = 0L;
      * Where the session stands. Error states are followed by the same error as
      * the status of the call. Before the first text they are sent, without any, only
      * where trying again cannot help: else the status stands alone, so that the
-     * caller may retry.
+     * caller may retry. It stands alone, too, where nobody looked at the request: its
+     * caller is unknown, or it cannot be read.
      * </pre>
      *
      * <code>.tokenwire.v1.Snapshot.State state = 1 [json_name = "state"];</code>

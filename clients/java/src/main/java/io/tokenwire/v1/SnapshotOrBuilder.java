@@ -13,7 +13,8 @@ public interface SnapshotOrBuilder extends
    * Where the session stands. Error states are followed by the same error as
    * the status of the call. Before the first text they are sent, without any, only
    * where trying again cannot help: else the status stands alone, so that the
-   * caller may retry.
+   * caller may retry. It stands alone, too, where nobody looked at the request: its
+   * caller is unknown, or it cannot be read.
    * </pre>
    *
    * <code>.tokenwire.v1.Snapshot.State state = 1 [json_name = "state"];</code>
@@ -25,7 +26,8 @@ public interface SnapshotOrBuilder extends
    * Where the session stands. Error states are followed by the same error as
    * the status of the call. Before the first text they are sent, without any, only
    * where trying again cannot help: else the status stands alone, so that the
-   * caller may retry.
+   * caller may retry. It stands alone, too, where nobody looked at the request: its
+   * caller is unknown, or it cannot be read.
    * </pre>
    *
    * <code>.tokenwire.v1.Snapshot.State state = 1 [json_name = "state"];</code>
