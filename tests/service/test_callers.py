@@ -421,6 +421,23 @@ async def test_a_renewed_certificate_serves_without_a_restart(
         await chat(channel)  # a connection that stands goes on
 
 
+async def test_another_authority_vouches_for_callers_without_a_restart(
+    start: Start, simulator: Simulated, pki: Pki
+) -> None:
+    billing = Caller(name="billing", certificates=("billing.internal",))
+    gateway = await start(config=config(simulator[1], pki.mutual, billing))
+    old = pki.client("billing.internal")
+    async with secure(gateway, pki.authority, **old) as channel:
+        await chat(channel)
+        other = Pki(pki.folder, trustme.CA())
+        other.authority.cert_pem.write_to_path(pki.folder / "ca.crt")
+        async with secure(gateway, pki.authority, **other.client("billing.internal")) as renewed:
+            await chat(renewed)
+        assert gateway.events.calls[-1].caller == "billing"
+        async with secure(gateway, pki.authority, **old) as late:
+            await unreachable(late)
+
+
 @pytest.mark.parametrize("broken", [b"", b"-----BEGIN CERTIFICATE-----\nnonsense\n", None])
 async def test_broken_files_leave_the_last_good_certificate(
     start: Start, simulator: Simulated, pki: Pki, broken: bytes | None
