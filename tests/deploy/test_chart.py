@@ -192,6 +192,12 @@ def test_what_names_another_object_finds_it(every: list[dict[str, str]]) -> None
         assert len({probe["service"] for probe in probes}) == 3
 
 
+def test_who_installs_hears_that_everyone_is_served(every: list[dict[str, str]]) -> None:
+    default, _, production = (manifests["NOTES.txt"] for manifests in every)
+    assert "WARNING" in default
+    assert "WARNING" not in production
+
+
 def test_the_chart_is_of_the_gateways_version() -> None:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert chart["appVersion"] == chart["version"] == __version__
