@@ -261,6 +261,7 @@ class Standing:
         *,
         spans: Callable[[], Mapping[str, int]] = dict,
         redis_away: Callable[[], bool] = bool,
+        certificates_refused: Callable[[], bool] = bool,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._gateway = gateway
@@ -270,6 +271,7 @@ class Standing:
         self._revision = revision
         self._spans = spans
         self._redis_away = redis_away
+        self._certificates_refused = certificates_refused
         self._now = now
 
     def collect(self) -> Iterator[Metric]:
@@ -301,6 +303,11 @@ class Standing:
                 "key_files_unusable",
                 "Files of keys with a problem; their last good keys are in force.",
                 sum(bool(file.problem) for file in self._files.states),
+            ),
+            (
+                "certificates_refused",
+                "1 while the port's certificate files have a problem; the last good ones serve.",
+                self._certificates_refused(),
             ),
             ("redis_away", "1 while a Redis that is configured is not there.", self._redis_away()),
             ("config_generation", "Which configuration is in force.", self._revision.generation),

@@ -100,6 +100,10 @@ CASES: dict[str, tuple[Series, Series]] = {
         {"tokenwire_key_files_unusable": "1x60"},
         {"tokenwire_key_files_unusable": "0x60"},
     ),
+    "TokenwireCertificatesRefused": (
+        {"tokenwire_certificates_refused": "1x60"},
+        {"tokenwire_certificates_refused": "0x60"},
+    ),
     "TokenwireSpansLost": (
         {'tokenwire_otlp_spans_total{outcome="dropped"}': "0+1x60"},
         {

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import grpc
 import msgspec
 import pytest
@@ -37,7 +38,7 @@ from tokenwire.v1 import (
 from tokenwire_service.config import Caller, Config, Model, Tls
 from tokenwire_service.interceptors import OPEN_RPCS
 from tokenwire_service.secret import Digest
-from tokenwire_service.settings import HealthPort
+from tokenwire_service.settings import HealthPort, Metrics
 from tokenwire_service.simulator import Simulator
 
 ROOT = Path(__file__).parents[2]
@@ -440,16 +441,37 @@ async def test_another_authority_vouches_for_callers_without_a_restart(
 
 @pytest.mark.parametrize("broken", [b"", b"-----BEGIN CERTIFICATE-----\nnonsense\n", None])
 async def test_broken_files_leave_the_last_good_certificate(
-    start: Start, simulator: Simulated, pki: Pki, broken: bytes | None
+    start: Start,
+    simulator: Simulated,
+    pki: Pki,
+    broken: bytes | None,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    gateway = await start(config=config(simulator[1], pki.tls))
+    watched = msgspec.structs.replace(
+        config(simulator[1], pki.tls), metrics=Metrics(listen="127.0.0.1:0")
+    )
+    gateway = await start(config=watched)
+
+    async def refused() -> bool:
+        url = f"http://{gateway.running.metrics}/metrics"
+        async with aiohttp.ClientSession() as session, session.get(url) as page:
+            [told] = re.findall(r"^tokenwire_certificates_refused (\S+)$", await page.text(), re.M)
+        return bool(float(told))
+
+    assert not await refused()
     path = Path(pki.tls.certificate)
     if broken is None:
         path.unlink()
     else:
         path.write_bytes(broken)
-    async with secure(gateway, pki.authority) as channel:
-        await chat(channel)
+    for _ in range(3):
+        async with secure(gateway, pki.authority) as channel:
+            await chat(channel)
+        assert await refused()
+    assert [each.levelname for each in caplog.records if each.message == "certificates"] == [
+        "WARNING"  # once, however many connect
+    ]
     pki.renew()
     async with secure(gateway, pki.authority) as channel:
         await chat(channel)
+    assert not await refused()
