@@ -133,13 +133,13 @@ $(DEPLOY)/.complete: deploy/requirements.txt
 
 # Not optimised, which takes a third of the compiler's time away.
 $(DEPLOY)/bin/.complete: deploy/tools/go.mod deploy/tools/go.sum
-	@echo "Building kube-score into $(@D) (once; a minute)..."
+	@echo "Building kube-score and kustomize into $(@D) (once; a minute or two)..."
 	@(cd deploy/tools && GOBIN="$(CURDIR)/$(@D)" GOFLAGS="-mod=readonly -buildvcs=false" nice go install -p 2 -gcflags=all="-N -l" -ldflags="-s -w" tool && touch "$(CURDIR)/$@") \
 		$(call missing,go cannot build the programs of deploy/tools)
 
 .PHONY: manifests
-manifests: $(DEPLOY)/.complete ## Write deploy/kustomize/base from the chart
-	@$(DBIN)/python deploy/manifests.py deploy/kustomize/base
+manifests: $(DEPLOY)/.complete ## Write the base and components of deploy/kustomize from the chart
+	@$(DBIN)/python deploy/manifests.py deploy/kustomize
 
 SBOM := build/sbom.cdx.json
 

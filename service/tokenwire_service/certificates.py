@@ -17,9 +17,12 @@ from tokenwire_service.config import Tls
 
 
 class Certificates:
-    """Reads what `tls` names. Raises OSError or ssl.SSLError if it cannot be used at first."""
+    """Reads what `tls` names. Raises OSError or ssl.SSLError if it cannot be used at first.
+    `problem`: why the files, as the last new connection found them, are not in force; empty where
+    they are."""
 
     def __init__(self, tls: Tls, logger: logging.Logger) -> None:
+        self.problem = ""
         self._tls = tls
         self._logger = logger
         self._read = self._contents()
@@ -38,7 +41,10 @@ class Certificates:
         """Called by gRPC before each handshake, in a thread of its own; None for no change."""
         try:
             contents = self._contents()
-            if contents in (self._read, self._refused):
+            if contents == self._read:
+                self.problem = ""
+                return None
+            if contents == self._refused:
                 return None
             before, self._read = self._read, contents
             try:
@@ -47,10 +53,13 @@ class Certificates:
                 self._read, self._refused = before, contents
                 raise
         except (OSError, ValueError) as error:
-            self._logger.warning(
-                "certificates", extra={"fields": {"kept": "the last good ones", "why": str(error)}}
-            )
+            why = str(error)
+            if why != self.problem:  # whoever connects could fill the log
+                fields = {"kept": "the last good ones", "why": why}
+                self._logger.warning("certificates", extra={"fields": fields})
+            self.problem = why
             return None
+        self.problem = ""
         self._logger.info("certificates", extra={"fields": {"renewed": self._tls.certificate}})
         return self._configuration()
 

@@ -567,8 +567,16 @@ class _Loading:
 
     def _check_callers(self, config: Config) -> None:
         owners: dict[Digest | str, str] = {}
+        # What lost its lines, or was rendered from an empty list, must not let everyone in.
+        written = ("callers",) in self._reader.positions
+        if written and not config.callers and not self._reader.problems:
+            expected = "at least one; without this section everyone is served"
+            self._reader.problem(("callers",), "nothing", expected)
         for caller in config.callers:
             place: Place = ("callers", caller.name)
+            if not caller.models and (*place, "models") in self._reader.positions:
+                expected = "at least one; without this line every model is allowed"
+                self._reader.problem((*place, "models"), "nothing", expected)
             written = (*place, "tokens") in self._reader.positions
             if not caller.tokens and not caller.certificates and not written:
                 self._reader.problem(place, "neither tokens nor certificates", "one of them")

@@ -241,6 +241,10 @@ class ConfigState(Protocol):
     def failures(self) -> int:
         """How many were not taken since the start."""
 
+    @property
+    def problem(self) -> str:
+        """Why the file, as it was read last, is not in force; empty where it is."""
+
 
 class Standing:
     """A collector: how the gateway stands at the moment of a scrape. Read in the event loop and
@@ -257,6 +261,7 @@ class Standing:
         *,
         spans: Callable[[], Mapping[str, int]] = dict,
         redis_away: Callable[[], bool] = bool,
+        certificates_refused: Callable[[], bool] = bool,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._gateway = gateway
@@ -266,6 +271,7 @@ class Standing:
         self._revision = revision
         self._spans = spans
         self._redis_away = redis_away
+        self._certificates_refused = certificates_refused
         self._now = now
 
     def collect(self) -> Iterator[Metric]:
@@ -298,8 +304,18 @@ class Standing:
                 "Files of keys with a problem; their last good keys are in force.",
                 sum(bool(file.problem) for file in self._files.states),
             ),
+            (
+                "certificates_refused",
+                "1 while the port's certificate files have a problem; the last good ones serve.",
+                self._certificates_refused(),
+            ),
             ("redis_away", "1 while a Redis that is configured is not there.", self._redis_away()),
             ("config_generation", "Which configuration is in force.", self._revision.generation),
+            (
+                "config_refused",
+                "1 while the configuration file has a problem; the last good one is in force.",
+                bool(self._revision.problem),
+            ),
         ):
             yield GaugeMetricFamily(f"tokenwire_{name}", told, value=value)
         yield CounterMetricFamily(

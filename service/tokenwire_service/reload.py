@@ -108,6 +108,7 @@ async def watch(
                 continue
             try:
                 config = await in_thread(source.load, "configuration")
+                _stay_closed(loaded, config, source.path)
             except ConfigError as error:
                 file.refused()
                 _refused(error, revision, logger, asked=asked)
@@ -115,8 +116,8 @@ async def watch(
             file.taken()
             edited, read = found[0] != read, found[0]
             if config == loaded:
-                revision.problem = ""
-                if asked or edited:
+                mended, revision.problem = revision.problem, ""
+                if asked or edited or mended:
                     logger.info("configuration unchanged", extra={"fields": {}})
                 continue
             kept = take(config)
@@ -124,6 +125,7 @@ async def watch(
         except Exception:
             # Neither may it end the watch in silence, nor is it known what a second try would do.
             revision.failures += 1
+            revision.problem = "a defect of the gateway, which its log tells"
             logger.exception("defect", extra={"fields": {"where": "configuration"}})
             continue
         revision.generation += 1
@@ -141,6 +143,14 @@ def _found(path: Path, tokens: tuple[str, ...], look: Callable[[Path], Look]) ->
         look(path),
         *(replace(each, content=hashlib.sha256(each.content).digest()) for each in beside),
     )
+
+
+def _stay_closed(before: Config, after: Config, path: Path) -> None:
+    """Raises ConfigError where only callers were served, and everyone would be: a file that lost
+    its end says so, too, and who means it can restart."""
+    if before.callers and not after.callers:
+        expected = "at least one, as before; a restart with this file serves everyone"
+        raise ConfigError((f"{path}: callers: got nothing, expected {expected}",))
 
 
 def _refused(

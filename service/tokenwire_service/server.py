@@ -209,12 +209,15 @@ async def serving(
         if config.reflection:
             _add_reflection(server, (*SERVICES, HEALTH_SERVICE))
         tls = config.tls
-        address = _listen(
-            server,
-            config.listen,
-            "--listen",
-            None if tls is None else lambda: Certificates(tls, logger).credentials(),
-        )
+        certificates: Certificates | None = None
+
+        def credentials() -> grpc.ServerCredentials:
+            nonlocal certificates
+            assert tls is not None
+            certificates = Certificates(tls, logger)
+            return certificates.credentials()
+
+        address = _listen(server, config.listen, "--listen", None if tls is None else credentials)
         servicer = AdminServicer(
             gateway, live.pools, counters, recent, live.files, revision, scrub, logger
         )
@@ -225,7 +228,7 @@ async def serving(
         if metrics is not None:
             exposed = await _metrics_page(
                 metrics,
-                _standing(live, counters, revision, otlp, shared),
+                _standing(live, counters, revision, otlp, shared, certificates),
                 config.metrics.listen,
                 logger,
                 stack,
@@ -436,6 +439,7 @@ def _standing(
     revision: Revision,
     otlp: Otlp | None,
     shared: sharing.Shared | None,
+    certificates: Certificates | None,
 ) -> Standing:
     """What Prometheus reads of how the gateway stands."""
     from tokenwire_service import metrics
@@ -451,6 +455,7 @@ def _standing(
         revision,
         spans=dict if otlp is None else otlp.spans,
         redis_away=redis_away,
+        certificates_refused=lambda: certificates is not None and bool(certificates.problem),
     )
 
 

@@ -29,7 +29,7 @@ from tokenwire_service.interceptors import (
 from tokenwire_service.quotas import Grant
 from tokenwire_service.relay import refusal
 from tokenwire_service.tokens import TokenCounter, tokenizer_for
-from tokenwire_service.upstream.request import turns
+from tokenwire_service.upstream.request import answer_cap, turns
 from tokenwire_service.validation import check
 
 _DEFAULT_PAGE = 100
@@ -58,7 +58,7 @@ class ChatServicer:
         check(request)
         gateway = self._current()
         call = begin(request, context, gateway.config, self._now)
-        with admitted(call, context, await reserved(call, context)):
+        with admitted(call, context, await reserved(call, context, gateway)):
             return await gateway.chat(call)
 
     async def StreamChat(  # noqa: N802
@@ -71,7 +71,7 @@ class ChatServicer:
             check(request)
             gateway = self._current()
             call = begin(request.chat, context, gateway.config, self._now)
-            has = await reserved(call, context)
+            has = await reserved(call, context, gateway)
         except GatewayError as error:
             if cumulative and (last := refusal(error)) is not None:
                 await context.write(last)
@@ -146,7 +146,7 @@ class ChatServicer:
         call.accepted = True
         try:
             check(item.chat)
-            with admitted(call, context, await reserved(call, context)):
+            with admitted(call, context, await reserved(call, context, gateway)):
                 answer.response.CopyFrom(await gateway.chat(call))
             context.pack(answer)
         except GatewayError as error:
@@ -292,17 +292,19 @@ class Reserved(NamedTuple):
     grant: Grant | None
 
 
-async def reserved(call: Call, context: CallContext) -> Reserved:
-    """What `admitted` needs, which must follow at once.
+async def reserved(call: Call, context: CallContext, gateway: Gateway) -> Reserved:
+    """What `admitted` needs, which must follow at once. An answer counts as long as its model
+    lets it be: many chats at once must not take many times what is left.
 
-    Raises CALLER_FORBIDDEN, CALLER_QUOTA_EXCEEDED; GATEWAY_OVERLOADED where what is shared is away.
+    Raises CALLER_FORBIDDEN, CALLER_QUOTA_EXCEEDED; MODEL_NOT_FOUND where tokens count;
+    GATEWAY_OVERLOADED where what is shared is away.
     """
     context.tenant.check(call.chat.model)
     cost = 0
     if context.tenant.counts_tokens:
         params = call.chat.params
-        answer = params.max_completion_tokens * max(1, params.choice_count)
-        cost = call.prompt_tokens + answer
+        answer = answer_cap(params, gateway.route(call.chat.model))
+        cost = call.prompt_tokens + answer * max(1, params.choice_count)
     return Reserved(cost, await context.tenant.reserve(cost))
 
 

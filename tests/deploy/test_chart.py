@@ -7,6 +7,7 @@ import filecmp
 import io
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 import trustme
 import yaml
 
-from deploy.tools import CHART, ROOT, answered, kube_score, program, rendered, run, tool
+from deploy.tools import CHART, ROOT, answered, built, rendered, run, tool
 from tokenwire_service import __version__
 from tokenwire_service.config import Config, check
 from tokenwire_service.settings import RELOADED
@@ -31,7 +32,7 @@ ON: dict[str, Any] = {
 }
 VERSIONS = ("1.32", "1.37")  # the oldest and the newest of which there are schemas
 FOREIGN = {"ServiceMonitor", "PrometheusRule", "GRPCRoute"}  # defined by others: no schemas
-BASE = ROOT / "deploy/kustomize/base"
+KUSTOMIZE = ROOT / "deploy/kustomize"
 
 
 def objects(manifests: dict[str, str]) -> list[dict[str, Any]]:
@@ -105,7 +106,7 @@ def test_kube_score_finds_nothing(every: list[dict[str, str]], tmp_path: Path) -
         path.write_text(yaml.safe_dump_all(objects(manifests)))
         ignored = [part for name in sorted(_NOT_KEPT) for part in ("--ignore-test", name)]
         said = run(
-            kube_score(),
+            built("kube-score"),
             *("score", "--output-format", "ci", "--exit-one-on-warning"),
             # A process that is throttled holds up every stream that it carries.
             "--ignore-container-cpu-limit",
@@ -191,6 +192,12 @@ def test_what_names_another_object_finds_it(every: list[dict[str, str]]) -> None
         assert len({probe["service"] for probe in probes}) == 3
 
 
+def test_who_installs_hears_that_everyone_is_served(every: list[dict[str, str]]) -> None:
+    default, _, production = (manifests["NOTES.txt"] for manifests in every)
+    assert "WARNING" in default
+    assert "WARNING" not in production
+
+
 def test_the_chart_is_of_the_gateways_version() -> None:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert chart["appVersion"] == chart["version"] == __version__
@@ -258,11 +265,12 @@ _SETTINGS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def test_pods_are_replaced_where_the_configuration_needs_a_restart_and_only_there() -> None:
-    def checksum(manifests: dict[str, str]) -> str:
-        annotations: dict[str, str] = pod_of(manifests)["metadata"]["annotations"]
-        return annotations["checksum/config"]
+def checksum(manifests: dict[str, str]) -> str:
+    annotations: dict[str, str] = pod_of(manifests)["metadata"]["annotations"]
+    return annotations["checksum/config"]
 
+
+def test_pods_are_replaced_where_the_configuration_needs_a_restart_and_only_there() -> None:
     split = {path.partition(".")[0] for path in RELOADED if "." in path}
     fields = {field.name: field.type for field in msgspec.structs.fields(Config)}
     paths = []
@@ -283,6 +291,12 @@ def test_pods_are_replaced_where_the_configuration_needs_a_restart_and_only_ther
     assert kept == RELOADED, "`tokenwire.restarting` in the chart's _helpers.tpl names others"
 
 
+def test_pods_are_replaced_where_callers_are_no_longer_asked_who_they_are() -> None:
+    configs = ("callers: {a: {}}", "callers: {b: {}}", "{}")
+    one, other, nobody = (checksum(each) for each in rendered(*({"config": c} for c in configs)))
+    assert one == other != nobody
+
+
 def test_ports_and_protocol_follow_the_configuration() -> None:
     secured = """
         tls: {certificate: /tls/tls.crt, key: /tls/tls.key}
@@ -293,6 +307,12 @@ def test_ports_and_protocol_follow_the_configuration() -> None:
         ("{}", 50051, "kubernetes.io/h2c", []),
         (secured, 50054, "https", [9999]),
         ('{metrics: {listen: "off"}, health: {listen: "off"}}', 50051, "kubernetes.io/h2c", []),
+        # As the example of every setting has them: nobody outside the pod reaches these.
+        (
+            '{metrics: {listen: "127.0.0.1:9464"}, health: {listen: "[::1]:50054"}}',
+            *(50051, "kubernetes.io/h2c", []),
+        ),
+        ('{metrics: {listen: "unix:/run/metrics1"}}', 50051, "kubernetes.io/h2c", []),
     ]
     answers = rendered(*({"config": config} for config, *_ in cases))
     for (_, probed, protocol, metrics), manifests in zip(cases, answers, strict=True):
@@ -333,7 +353,7 @@ def test_the_way_out_is_open_to_what_the_configuration_names() -> None:
         assert [port["port"] for port in dns["ports"]] == [53, 53]
         assert [port["port"] for port in called["ports"]] == ports, config
         cloud = [to["ipBlock"].get("except") for to in called["to"] if "ipBlock" in to]
-        assert cloud == [["169.254.169.254/32"], None]
+        assert cloud == [["169.254.169.254/32"], ["fd00:ec2::254/128"]]
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -345,6 +365,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"config": "drain: {grace: forever}"}, "config.drain: got forever"),
     ({"config": "drain: ["}, "config: not YAML"),
     ({"config": "tls: {certificate: a, key: b}"}, "config: with tls it needs health"),
+    (
+        {"config": "{tls: {certificate: a, key: b}, health: {listen: 'localhost:50054'}}"},
+        "config: with tls it needs health",
+    ),
     ({"config": "{}", "monitoring": {"enabled": True}}, "monitoring.enabled: config opens no"),
     ({"autoscaling": {"cpuPerPod": ""}}, "neither cpuPerPod nor inFlight"),
 ]
@@ -499,23 +523,66 @@ def test_the_examples_configurations_pass_check_config(tmp_path: Path) -> None:
 # --- kustomize --------------------------------------------------------------------------
 
 
-def test_the_base_is_what_make_manifests_writes(tmp_path: Path) -> None:
+def test_the_base_and_its_components_are_what_make_manifests_writes(tmp_path: Path) -> None:
     run(tool("python"), ROOT / "deploy/manifests.py", tmp_path)
-    compared = filecmp.dircmp(tmp_path, BASE)
-    differing = (compared.left_only, compared.right_only, compared.diff_files)
-    assert differing == ([], [], []), "run 'make manifests' and commit it"
+    folders = sorted(path.name for path in tmp_path.iterdir())
+    assert folders == sorted({path.name for path in KUSTOMIZE.iterdir()} - {"example"})
+    for name in folders:
+        compared = filecmp.dircmp(tmp_path / name, KUSTOMIZE / name)
+        differing = (compared.left_only, compared.right_only, compared.diff_files)
+        assert differing == ([], [], []), "run 'make manifests' and commit it"
+
+
+def kustomized(folder: Path) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(run(built("kustomize"), "build", folder)))
+
+
+EXAMPLE = (KUSTOMIZE / "example/tokenwire.yaml").read_text()
 
 
 def test_the_example_of_an_overlay_builds() -> None:
-    kubectl = program("kubectl", "help (kubectl comes from elsewhere)")
-    built = list(yaml.safe_load_all(run(kubectl, "kustomize", ROOT / "deploy/kustomize/example")))
-    (deployment,) = [one for one in built if one["kind"] == "Deployment"]
-    (config,) = [one for one in built if one["kind"] == "ConfigMap"]
-    assert {one["metadata"]["namespace"] for one in built} == {"llm"}
-    (scaler,) = [one for one in built if one["kind"] == "HorizontalPodAutoscaler"]
+    found = kustomized(KUSTOMIZE / "example")
+    (deployment,) = [one for one in found if one["kind"] == "Deployment"]
+    (config,) = [one for one in found if one["kind"] == "ConfigMap"]
+    assert {one["metadata"]["namespace"] for one in found} == {"llm"}
+    (scaler,) = [one for one in found if one["kind"] == "HorizontalPodAutoscaler"]
     assert scaler["spec"]["minReplicas"] == 5
     spec = deployment["spec"]["template"]["spec"]
     assert spec["containers"][0]["image"] == "registry.example.com/tokenwire:0.1.0"
     (used,) = [volume["configMap"] for volume in spec["volumes"] if "configMap" in volume]
     assert used["name"] == config["metadata"]["name"] != "tokenwire"  # a new file, a new name
-    assert "helm.sh/chart" not in json.dumps(built)
+    assert config["data"]["tokenwire.yaml"] == EXAMPLE
+    assert "helm.sh/chart" not in json.dumps(found)
+
+
+def test_the_examples_configuration_fits_what_the_base_has_of_the_charts() -> None:
+    """Of its own configuration the chart reads ports and times; an overlay's is not read."""
+    values = {
+        "config": EXAMPLE,
+        "image": {"repository": "registry.example.com/tokenwire", "tag": "0.1.0"},
+        "autoscaling": {"minReplicas": 5},
+    }
+
+    def specs(found: list[dict[str, Any]]) -> dict[tuple[str, str], Any]:
+        specs = {(one["kind"], one["metadata"]["name"]): one.get("spec") for one in found}
+        pod = specs["Deployment", "tokenwire"]["template"]
+        pod["metadata"]["annotations"].pop("checksum/config", None)
+        for volume in pod["spec"]["volumes"]:
+            volume.pop("configMap", None)  # whose name differs
+        return {name: spec for name, spec in specs.items() if name[0] != "ConfigMap"}
+
+    (manifests,) = rendered(values)
+    assert specs(kustomized(KUSTOMIZE / "example")) == specs(objects(manifests))
+
+
+def test_an_overlay_can_have_what_the_chart_switches_on(tmp_path: Path) -> None:
+    shutil.copytree(KUSTOMIZE, tmp_path / "kustomize")
+    overlay = tmp_path / "kustomize/example/kustomization.yaml"
+    text = overlay.read_text()
+    overlay.write_text(text.replace("# components:", "components:"))
+    found = {one["kind"]: one for one in kustomized(overlay.parent)}
+    assert found.keys() >= FOREIGN
+    (manifests,) = rendered({"monitoring": {"enabled": True}, "grpcRoute": {"enabled": True}})
+    for kind in FOREIGN:
+        assert found[kind]["spec"] == only(manifests, kind)["spec"]
+        assert found[kind]["metadata"]["namespace"] == "llm"

@@ -202,8 +202,8 @@ def pod(engine: Engine, image: str, simulator: Simulated) -> Iterator[Pod]:
             "certificate": f"{mounts['tokenwire-tls']}/tls.crt",
             "key": f"{mounts['tokenwire-tls']}/tls.key",
         },
-        "health": {"listen": f"127.0.0.1:{health}"},
-        "metrics": {"listen": f"127.0.0.1:{metrics}"},
+        "health": {"listen": f"0.0.0.0:{health}"},
+        "metrics": {"listen": f"0.0.0.0:{metrics}"},
         # Neither is there, which holds nothing up; what would speak with them is in the image.
         "otlp": {"endpoint": "http://127.0.0.1:9"},
         "redis": {"url": "redis://127.0.0.1:9", "on_failure": "open"},
@@ -245,7 +245,11 @@ def pod(engine: Engine, image: str, simulator: Simulated) -> Iterator[Pod]:
             "tls.key": leaf.private_key_pem.bytes().decode(),
         },
     }
-    parts = [manifests["configmap.yaml"], yaml.safe_dump(deployment)]
+    # The network is this machine's own, which nobody else need reach.
+    parts = [
+        manifests["configmap.yaml"].replace("0.0.0.0", "127.0.0.1"),
+        yaml.safe_dump(deployment),
+    ]
     for name, data in secrets.items():
         given = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": data}
         parts.insert(0, yaml.safe_dump(given))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,19 +32,11 @@ def tool(name: str) -> Path:
     return found
 
 
-def kube_score() -> Path:
-    """What judges manifests; `make setup-deploy` builds it."""
-    found = ROOT / "build/deploy/bin/kube-score"
+def built(name: str) -> Path:
+    """A program of deploy/tools, which `make setup-deploy` builds."""
+    found = ROOT / "build/deploy/bin" / name
     if not found.exists():
-        missing("kube-score", "setup-deploy")
-    return found
-
-
-def program(name: str, target: str) -> str:
-    """A program that the system has."""
-    found = shutil.which(name)
-    if found is None:
-        missing(name, target)
+        missing(name, "setup-deploy")
     return found
 
 

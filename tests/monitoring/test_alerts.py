@@ -67,6 +67,10 @@ CASES: dict[str, tuple[Series, Series]] = {
         rpcs(failing="0+1x60", reason="UPSTREAM_STREAM_INTERRUPTED"),
         rpcs(failing="0+0x60", reason="UPSTREAM_STREAM_INTERRUPTED"),
     ),
+    "TokenwireDeadlines": (
+        rpcs(failing="0+2x60", reason="DEADLINE_EXCEEDED"),
+        rpcs(failing="0+2x60", reason="CANCELLED"),
+    ),
     "TokenwireDropping": (
         {'tokenwire_drops_total{cause="gateway",upstream=""}': "0+1x60"},
         {'tokenwire_drops_total{cause="gateway",upstream=""}': "5x60"},
@@ -84,15 +88,21 @@ CASES: dict[str, tuple[Series, Series]] = {
         {"tokenwire_retry_budget": "0x60", 'tokenwire_retries_total{upstream="u"}': "0x60"},
     ),
     "TokenwireConfigNotTaken": (
+        {"tokenwire_config_refused": "0x5 1x60", "tokenwire_config_generation": "2x60"},
+        # Refused once, and right since.
         {
-            "tokenwire_config_reload_failures_total": "0x20 1x40",
+            "tokenwire_config_refused": "0x20 1x5 0x60",
+            "tokenwire_config_reload_failures_total": "0x20 1x60",
             "tokenwire_config_generation": "2x60",
         },
-        {"tokenwire_config_reload_failures_total": "1x60", "tokenwire_config_generation": "2x60"},
     ),
     "TokenwireKeyFileUnusable": (
         {"tokenwire_key_files_unusable": "1x60"},
         {"tokenwire_key_files_unusable": "0x60"},
+    ),
+    "TokenwireCertificatesRefused": (
+        {"tokenwire_certificates_refused": "1x60"},
+        {"tokenwire_certificates_refused": "0x60"},
     ),
     "TokenwireSpansLost": (
         {'tokenwire_otlp_spans_total{outcome="dropped"}': "0+1x60"},
@@ -170,6 +180,11 @@ def case(alert: str, series: Series, fires: bool) -> dict[str, Any]:
     }
 
 
+def test_nobody_to_ask_is_as_bad_as_no_answer(promtool: str, tmp_path: Path) -> None:
+    tests = case("TokenwireDown", {"up": "1x10 stale"}, True)
+    check(promtool, tmp_path, tests)
+
+
 def test_every_alert_has_a_case() -> None:
     assert sorted(CASES) == sorted(NAMES)
 
@@ -177,13 +192,13 @@ def test_every_alert_has_a_case() -> None:
 @pytest.mark.parametrize("alert", CASES)
 def test_it_fires_when_it_should_and_not_else(promtool: str, tmp_path: Path, alert: str) -> None:
     firing, silent = CASES[alert]
-    tests = {
-        "rule_files": [str(RULES)],
-        "evaluation_interval": "1m",
-        "tests": [case(alert, firing, True), case(alert, silent, False)],
-    }
-    (tmp_path / "alerts.yaml").write_text(yaml.safe_dump(tests))
+    check(promtool, tmp_path, case(alert, firing, True), case(alert, silent, False))
+
+
+def check(promtool: str, folder: Path, *cases: dict[str, Any]) -> None:
+    tests = {"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": list(cases)}
+    (folder / "alerts.yaml").write_text(yaml.safe_dump(tests))
     checked = subprocess.run(
-        [promtool, "test", "rules", str(tmp_path / "alerts.yaml")], capture_output=True, text=True
+        [promtool, "test", "rules", str(folder / "alerts.yaml")], capture_output=True, text=True
     )
     assert checked.returncode == 0, checked.stdout + checked.stderr

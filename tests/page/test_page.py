@@ -6,12 +6,13 @@ import asyncio
 import os
 import re
 import shutil
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from harness import receive, request, simulate, stream_request
+from harness import receive, request, simulate, stream_request, until
 from processes import Program, serve, write_config
 from tokenwire_service.simulator import Simulator
 
@@ -99,6 +100,21 @@ async def test_it_draws_plots_and_keys_without_a_complaint(
         assert text in dom, text
     assert "Connecting" not in dom
     assert "sk-test" not in dom
+
+
+async def test_it_says_what_is_wrong_with_the_configuration(
+    chromium: str, gateway: Program, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenwire.yaml").write_text("limits: {in_flight: 0}\nnonsense: 1")
+    gateway.signal(signal.SIGHUP)
+    await until(lambda: gateway.event("configuration refused") is not None)
+    dom, told = await browse(chromium, tmp_path, "--dump-dom", page(gateway))
+    assert "CONSOLE" not in told, told
+    said = re.findall(r'<p class="lost">(Configuration[^<]+)<', dom)
+    assert len(said) == 1
+    assert said[0].startswith("Configuration 1 stays in force, its file is refused: ")
+    assert "limits.in_flight: got 0" in said[0]
+    assert "(and " in said[0]
 
 
 async def test_it_says_so_when_the_gateway_does_not_answer(chromium: str, tmp_path: Path) -> None:

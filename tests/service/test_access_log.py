@@ -32,7 +32,7 @@ async def test_every_rpc_has_one_line_with_every_field(tmp_path: Path) -> None:
             tmp_path,
             url,
             admin={"listen": "off"},
-            log={"format": "json"},
+            log={"format": "json", "level": "debug"},
             retries={"max_attempts": 2, "backoff": "1ms", "backoff_cap": "1ms"},
             callers={"search": {"tokens": [{"env": "SEARCH_TOKEN"}]}},
         )

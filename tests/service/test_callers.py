@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import grpc
 import msgspec
 import pytest
@@ -28,15 +29,16 @@ from harness import (
     upstream,
 )
 from tokenwire.v1 import (
+    chat_pb2,
     chat_service_pb2,
     chat_service_pb2_grpc,
     model_service_pb2,
     tokenizer_service_pb2,
 )
-from tokenwire_service.config import Caller, Config, Tls
+from tokenwire_service.config import Caller, Config, Model, Tls
 from tokenwire_service.interceptors import OPEN_RPCS
 from tokenwire_service.secret import Digest
-from tokenwire_service.settings import HealthPort
+from tokenwire_service.settings import HealthPort, Metrics
 from tokenwire_service.simulator import Simulator
 
 ROOT = Path(__file__).parents[2]
@@ -251,6 +253,28 @@ async def test_tokens_are_counted_as_the_upstream_told_them(
     assert failure.reason == "CALLER_QUOTA_EXCEEDED"
 
 
+async def test_chats_at_once_that_name_no_length_do_not_take_many_times_what_is_left(
+    start: Start, simulator: Simulated
+) -> None:
+    """Each is expected to take what its model may."""
+    model = Model(name="m", upstream="test", max_completion_tokens=60)
+    config = Config(
+        listen="127.0.0.1:0",
+        upstreams=(upstream(simulator[1]),),
+        models=(model,),
+        callers=(search(tokens_per_minute=100),),
+    )
+    gateway = await start(config=config)
+    held = request(model="m", extra_body_json=simulate(chunks=["a", "b"], fault="stall_midway"))
+    stream = gateway.chat.StreamChat(stream_request(held), metadata=bearer())
+    await stream.read()
+    failure = await failing(gateway.chat.Chat(request(model="m"), metadata=bearer()))
+    assert failure.reason == "CALLER_QUOTA_EXCEEDED"
+    short = request(model="m", params=chat_pb2.GenerationParams(max_completion_tokens=20))
+    await gateway.chat.Chat(short, metadata=bearer())
+    stream.cancel()
+
+
 async def test_a_stream_counts_until_it_has_ended(start: Start, simulator: Simulated) -> None:
     gateway = await start(upstream(simulator[1]), callers=(search(in_flight=1),))
     held = request(extra_body_json=simulate(chunks=["a", "b"], fault="stall_midway"))
@@ -398,18 +422,56 @@ async def test_a_renewed_certificate_serves_without_a_restart(
         await chat(channel)  # a connection that stands goes on
 
 
+async def test_another_authority_vouches_for_callers_without_a_restart(
+    start: Start, simulator: Simulated, pki: Pki
+) -> None:
+    billing = Caller(name="billing", certificates=("billing.internal",))
+    gateway = await start(config=config(simulator[1], pki.mutual, billing))
+    old = pki.client("billing.internal")
+    async with secure(gateway, pki.authority, **old) as channel:
+        await chat(channel)
+        other = Pki(pki.folder, trustme.CA())
+        other.authority.cert_pem.write_to_path(pki.folder / "ca.crt")
+        async with secure(gateway, pki.authority, **other.client("billing.internal")) as renewed:
+            await chat(renewed)
+        assert gateway.events.calls[-1].caller == "billing"
+        async with secure(gateway, pki.authority, **old) as late:
+            await unreachable(late)
+
+
 @pytest.mark.parametrize("broken", [b"", b"-----BEGIN CERTIFICATE-----\nnonsense\n", None])
 async def test_broken_files_leave_the_last_good_certificate(
-    start: Start, simulator: Simulated, pki: Pki, broken: bytes | None
+    start: Start,
+    simulator: Simulated,
+    pki: Pki,
+    broken: bytes | None,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    gateway = await start(config=config(simulator[1], pki.tls))
+    watched = msgspec.structs.replace(
+        config(simulator[1], pki.tls), metrics=Metrics(listen="127.0.0.1:0")
+    )
+    gateway = await start(config=watched)
+
+    async def refused() -> bool:
+        url = f"http://{gateway.running.metrics}/metrics"
+        async with aiohttp.ClientSession() as session, session.get(url) as page:
+            [told] = re.findall(r"^tokenwire_certificates_refused (\S+)$", await page.text(), re.M)
+        return bool(float(told))
+
+    assert not await refused()
     path = Path(pki.tls.certificate)
     if broken is None:
         path.unlink()
     else:
         path.write_bytes(broken)
-    async with secure(gateway, pki.authority) as channel:
-        await chat(channel)
+    for _ in range(3):
+        async with secure(gateway, pki.authority) as channel:
+            await chat(channel)
+        assert await refused()
+    assert [each.levelname for each in caplog.records if each.message == "certificates"] == [
+        "WARNING"  # once, however many connect
+    ]
     pki.renew()
     async with secure(gateway, pki.authority) as channel:
         await chat(channel)
+    assert not await refused()

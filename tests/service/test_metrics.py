@@ -335,6 +335,11 @@ async def test_another_configuration_is_counted_and_takes_effect(
         while (found := await told())("config_reload_failures_total") < 1:
             await asyncio.sleep(0.05)
         assert found("config_generation") == 2
+        assert found("config_refused") == 1
+        write_config(tmp_path, simulator[1], limits={"in_flight": 7}, models=models, **top)
+        gateway.signal(signal.SIGHUP)
+        while (await told())("config_refused"):
+            await asyncio.sleep(0.05)
 
 
 async def test_a_reader_that_stopped_reading_keeps_no_gateway_from_its_end() -> None:

@@ -285,6 +285,29 @@ async def test_tokens_in_a_file_come_and_go_with_it(tmp_path: Path) -> None:
     assert not [line for line in gateway.lines if "token-of" in line]
 
 
+async def test_a_file_that_lost_its_callers_does_not_let_everyone_in(tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("token-of-one")
+    callers = {"one": {"tokens": [{"file": "tokens"}]}}
+    async with provider(answer) as served:
+        config = write_config(tmp_path, served.base_url, callers=callers, **FAST)
+        # Enough for a file of nothing to be a configuration.
+        there = {"TEST_KEY": KEYS[0], "OPENAI_API_KEY": KEYS[1], "OPENAI_BASE_URL": served.base_url}
+        async with serve("--config", config, **there) as gateway:
+            for number, lost in enumerate(("", Path(config).read_text()), 1):
+                if lost:
+                    lost = json.dumps({k: v for k, v in json.loads(lost).items() if k != "callers"})
+                Path(config).write_text(lost)
+                refused = await logged(gateway, "configuration refused", number)
+                assert "callers: got nothing" in refused["problem"]
+                stranger = await failing(gateway.chat.Chat(request()))
+                assert stranger.code is grpc.StatusCode.UNAUTHENTICATED
+                token = (("authorization", "Bearer token-of-one"),)
+                await gateway.chat.Chat(request(), metadata=token)
+                renamed(tmp_path, served.base_url, callers=callers, **FAST)
+                await logged(gateway, "configuration unchanged", number)
+            gateway.signal(signal.SIGTERM)
+
+
 async def test_keys_for_another_address_are_never_sent_to_the_one_before(start: Start) -> None:
     """A call that began with the address before tries again after the change."""
     go_on = asyncio.Event()

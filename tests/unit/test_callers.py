@@ -90,6 +90,21 @@ def test_who_is_not(authorization: list[str], certificate: list[str]) -> None:
     assert "token-a1" not in str(error)
 
 
+def test_a_token_is_compared_with_every_callers_in_constant_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared = []
+
+    def compare_digest(one: bytes, other: bytes) -> bool:
+        compared.append(one)
+        return one == other
+
+    monkeypatch.setattr("tokenwire_service.secret.hmac.compare_digest", compare_digest)
+    assert CALLERS.identify(["Bearer token-a1"], ()).name == "a"
+    refused(lambda: CALLERS.identify(["Bearer token-of-nobody"], ()))
+    assert len(compared) == 2 * 3
+
+
 def test_without_callers_everyone_is_one_tenant_without_limits() -> None:
     anyone = Callers(()).identify(["Bearer whatever"], [])
     assert anyone is Callers(()).identify([], []) or anyone.name == ""

@@ -1381,6 +1381,19 @@ def test_a_caller_needs_something_to_be_known_by() -> None:
     assert "callers.a: got neither tokens nor certificates, expected one of them" in problem
 
 
+@pytest.mark.parametrize("nobody", ["{}", "", "null"])
+def test_nobody_named_is_not_everyone(nobody: str) -> None:
+    [problem] = problems(UPSTREAM + f"callers: {nobody}")
+    assert problem.startswith("t.yaml:2: callers: got nothing, expected at least one")
+
+
+@pytest.mark.parametrize("none", ["[]", "", "null"])
+def test_no_model_named_is_not_every_model(none: str) -> None:
+    entry = f"callers: {{a: {{tokens: [{{env: T}}], models: {none}}}}}"
+    [problem] = problems(UPSTREAM + entry, {**ENVIRON, "T": "token-one"})
+    assert problem.startswith("t.yaml:2: callers.a.models: got nothing, expected at least one")
+
+
 def test_certificates_of_callers_need_an_authority() -> None:
     [problem] = problems(UPSTREAM + "callers: {a: {certificates: [a.internal]}}")
     assert "expected tls.client_authorities, which vouch for them" in problem

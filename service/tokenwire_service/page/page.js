@@ -194,6 +194,18 @@ function failures() {
   return [element("p", { class: "lost" }, `Failed in the last minute: ${told.join(", ")}`)];
 }
 
+// As `keytable.configuration` says it at a terminal.
+function configuration(gateway) {
+  const { configGeneration, configProblem } = gateway;
+  if (configProblem) {
+    const [first, ...rest] = configProblem.split("\n");
+    const more = rest.length ? ` (and ${rest.length} more)` : "";
+    const told = `Configuration ${configGeneration} stays in force, its file is refused: ${first}${more}`;
+    return [element("p", { class: "lost" }, told)];
+  }
+  return number(configGeneration) > 1 ? [element("p", {}, `Configuration ${configGeneration}`)] : [];
+}
+
 function show(status) {
   const { gateway, upstreams, keyFiles } = status.listing;
   document.getElementById("gateway").textContent =
@@ -205,6 +217,7 @@ function show(status) {
   document.getElementById("failures").replaceChildren(...failures());
   const broken = keyFiles.filter((file) => file.problem);
   document.getElementById("upstreams").replaceChildren(
+    ...configuration(gateway),
     ...broken.map((file) =>
       element("p", { class: "lost" }, `Key file ${file.path}: ${file.problem}; its last good keys stay`),
     ),

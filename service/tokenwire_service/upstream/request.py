@@ -156,13 +156,22 @@ def parameters(
             asked_by = spelled.get(name, name)
             if asked_by in asked:
                 unsupported.leave_out(f"params.{asked_by}")
-    cap = (route.model.max_completion_tokens or 0) if route.model is not None else 0
-    limit = cap
-    if params.HasField("max_completion_tokens"):
-        limit = min(params.max_completion_tokens, cap or INT32_MAX)
-    elif "max_completion_tokens" in without:
+    limit = answer_cap(params, route)
+    if "max_completion_tokens" in without and not params.HasField("max_completion_tokens"):
         limit = 0
     return Parameters(params, limit)
+
+
+def answer_cap(params: chat_pb2.GenerationParams, route: Route) -> int:
+    """Most tokens of each choice: what is asked for, else the model's default, within its cap.
+    0 where nothing says, as for names that only pass through."""
+    if route.model is None:
+        return params.max_completion_tokens
+    cap = route.model.max_completion_tokens or 0
+    asked = params if params.HasField("max_completion_tokens") else route.model.defaults
+    if not asked.HasField("max_completion_tokens"):
+        return cap
+    return min(asked.max_completion_tokens, cap or INT32_MAX)
 
 
 def extended(

@@ -42,11 +42,12 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- toJson $config }}
 {{- end }}
 
-{{- /* The number of the port that a section of `config` opens; empty where it opens none. A list:
-the root, the section. */ -}}
+{{- /* The number of the port that a section of `config` opens to others than the pod itself; empty
+where it opens none. A list: the root, the section. */ -}}
 {{- define "tokenwire.opened" -}}
 {{- $section := get (include "tokenwire.config" (first .) | fromJson) (last .) | default dict }}
-{{- regexFind "[0-9]+$" ($section.listen | default "" | toString) }}
+{{- $listen := $section.listen | default "" | toString }}
+{{- if not (regexMatch "^(unix:|127[.]|localhost:|\\[::1\\]:)" $listen) }}{{ regexFind "[0-9]+$" $listen }}{{ end }}
 {{- end }}
 
 {{- /* A list, as JSON: the ports of everything that `config` names to be called. */ -}}
@@ -77,13 +78,13 @@ the gateway takes where its file does not say. */ -}}
 {{- end }}
 
 {{- /* Of `config` what a gateway that runs does not take, settings.RELOADED the other way round: only
-then are pods replaced. */ -}}
+then are pods replaced. `open`: to serve everyone takes a restart, too. */ -}}
 {{- define "tokenwire.restarting" -}}
 {{- $config := include "tokenwire.config" . | fromJson }}
 {{- $rest := omit $config "callers" "timeouts" "drain" "retries" "key_file_interval" "upstreams" "models" }}
 {{- $limits := omit ($config.limits | default dict) "in_flight" "loop_lag" "queue" "batch_items_at_once" "tokenizer_bytes" "upstream_answer_bytes" "upstream_event_bytes" }}
 {{- $log := omit ($config.log | default dict) "level" }}
-{{- merge (dict "limits" $limits "log" $log) (omit $rest "limits" "log") | toJson }}
+{{- merge (dict "limits" $limits "log" $log "open" (empty $config.callers)) (omit $rest "limits" "log") | toJson }}
 {{- end }}
 
 {{- /* Where probes ask. Kubernetes' can speak no TLS. */ -}}
