@@ -318,7 +318,7 @@ class Replica:
         context = cast(Any, _Context(self.callers.identify([f"Bearer {caller}"], ()), rpc.began))
         try:
             call = begin(chat, context, self.gateway.config, world.now)
-            has = await reserved(call, context)
+            has = await reserved(call, context, self.gateway)
             with admitted(call, context, has):
                 rpc.admitted_at, rpc.expected = world.now(), has.tokens
                 answer = await self.gateway.chat(call)
