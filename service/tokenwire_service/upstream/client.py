@@ -36,6 +36,7 @@ _READ_BYTES = 64 * 1024  # decoded at once; a caller who does not read holds up 
 _KEEPALIVE_SECONDS = (
     30.0  # below the idle timers of load balancers, so no dead connection is reused
 )
+_NEWEST = 0.2  # share of the newest gap between pieces in their average
 _DRAIN_SECONDS = 0.05  # to read the last chunk's end after [DONE], so that the connection is kept
 
 
@@ -385,6 +386,8 @@ class Answer:
         self._alarm = alarm
         self.pieces = 0  # of text and calls in what was read last, as the upstream sent them
         self._fault: UpstreamFault | None = None  # met behind events that were still good
+        self._gap = 0.0  # seconds from one piece to the next, lately; 0 while nobody knows
+        self._piece_at: float | None = None  # when the last one came
 
     @property
     def usage(self) -> chat_pb2.Usage | None:
@@ -428,6 +431,8 @@ class Answer:
                 self._silent_at = self._now() + self._idle
             if decoded:
                 self._size = 0
+                if self.pieces:
+                    self._note_pace()
                 return decoded
             if self._fault is not None:
                 raise self._fault
@@ -438,8 +443,19 @@ class Answer:
                 )
         return None
 
+    def _note_pace(self) -> None:
+        now = self._now()
+        if self._piece_at is not None:
+            gap = (now - self._piece_at) / self.pieces
+            self._gap += (gap - self._gap) * (_NEWEST if self._gap else 1.0)
+        self._piece_at = now
+
     async def rest(self, seconds: float) -> None:
-        """Reads nothing for a while: what arrives stays in the kernel, and wakes nobody."""
+        """Reads nothing for a while: what arrives stays in the kernel, and wakes nobody. A stream
+        so slow that not every other rest would gather a second piece goes on at once: it would only
+        be later, and the loop have one timer more."""
+        if self._gap >= 2 * seconds:
+            return
         connection = self._response.connection
         protocol = None if connection is None else connection.protocol
         if protocol is None:
