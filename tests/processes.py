@@ -107,6 +107,7 @@ async def run(
             if started.channel is not None:
                 await started.channel.close()
             if process.returncode is None:
+                await asyncio.sleep(0.1)  # the gateway holds the lines of its log for half as long
                 process.kill()
             await process.wait()
 

@@ -11,7 +11,7 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from fnmatch import fnmatchcase
+from fnmatch import translate
 
 from tokenwire.v1 import error_reason_pb2
 from tokenwire_service.config import Caller
@@ -61,6 +61,10 @@ class Tenant:
     def change(self, caller: Caller | None) -> None:
         """Other limits and models from now on. What it has used counts."""
         self._caller = caller
+        self._allowed = None  # any model
+        if caller is not None and caller.models:
+            allowed = "|".join(translate(_literal(pattern)) for pattern in caller.models)
+            self._allowed = re.compile(allowed)
         if caller is not None:
             self._requests = window(self._requests, caller.requests_per_minute)
             self._tokens = window(self._tokens, caller.tokens_per_minute)
@@ -89,8 +93,7 @@ class Tenant:
 
     def may_ask(self, model: str) -> bool:
         """Whether a model's name is among those it may use."""
-        allowed = self._caller.models if self._caller is not None else ()
-        return not allowed or any(fnmatchcase(model, _literal(pattern)) for pattern in allowed)
+        return self._allowed is None or self._allowed.match(model) is not None
 
     def check(self, model: str) -> None:
         """Raises CALLER_FORBIDDEN for a model it may not ask."""

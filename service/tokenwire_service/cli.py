@@ -176,7 +176,11 @@ async def _serve_config(config: Config, source: Source | None = None) -> None:
                     "simulator answers instead of a model"
                 )
 
-        await serve_until_signalled(config, logger, announce, scrub=scrub, source=source)
+        try:
+            await serve_until_signalled(config, logger, announce, scrub=scrub, source=source)
+        finally:
+            for handler in logger.handlers:  # before what the command itself has to say
+                handler.flush()
 
 
 def _top(arguments: argparse.Namespace) -> int:

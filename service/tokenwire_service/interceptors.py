@@ -12,14 +12,14 @@ import math
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
-from tokenwire.v1 import chat_pb2, error_reason_pb2
+from tokenwire.v1 import error_reason_pb2
 from tokenwire_service.attempts import Call
 from tokenwire_service.callers import Callers, Tenant
 from tokenwire_service.errors import GatewayError, Violation, invalid
@@ -68,7 +68,8 @@ class CallContext:
         # What its calls cost: one, or as many as a batch has items.
         self.attempts = 0
         self.retries = 0
-        self.usage = chat_pb2.Usage()
+        self.prompt_tokens = self.completion_tokens = 0
+        self.usage_estimated = False  # at least a part of the tokens
         self.queue_seconds = self.key_seconds = self.backoff_seconds = 0.0
         self.first_token_seconds: float | None = None
         self.upstream = self.key_id = ""  # of the last attempt
@@ -79,9 +80,9 @@ class CallContext:
         self.attempts += len(call.attempts)
         self.retries += max(0, len(call.attempts) - 1)
         if call.usage is not None:
-            self.usage.prompt_tokens += call.usage.prompt_tokens
-            self.usage.completion_tokens += call.usage.completion_tokens
-            self.usage.estimated |= call.usage.estimated
+            self.prompt_tokens += call.usage.prompt_tokens
+            self.completion_tokens += call.usage.completion_tokens
+            self.usage_estimated |= call.usage.estimated
         self.queue_seconds += call.queue_seconds
         self.key_seconds += call.key_seconds
         self.backoff_seconds += call.backoff_seconds
@@ -276,9 +277,9 @@ class Boundary(grpc.aio.ServerInterceptor):
             message,
             call.model,
             call.attempts,
-            call.usage.prompt_tokens,
-            call.usage.completion_tokens,
-            call.usage.estimated,
+            call.prompt_tokens,
+            call.completion_tokens,
+            call.usage_estimated,
             self._now() - call.started,
             call.labels,
             call.tenant.name,
@@ -390,11 +391,12 @@ def trailers(error: GatewayError, request_id: str) -> tuple[tuple[str, str | byt
     )
 
 
-def _certificate(context: Context) -> list[str]:
-    """The names in the caller's certificate; none without one."""
+def _certificate(context: Context) -> Iterator[str]:
+    """The names in the caller's certificate; none without one. Looked up only where asked for."""
     found = context.auth_context()
-    names = (*found.get("x509_subject_alternative_name", ()), *found.get("x509_common_name", ()))
-    return [name.decode("utf-8", "replace") for name in names]
+    for kind in ("x509_subject_alternative_name", "x509_common_name"):
+        for name in found.get(kind, ()):
+            yield name.decode("utf-8", "replace")
 
 
 def _request_id(metadata: Any) -> str:

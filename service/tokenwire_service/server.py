@@ -191,21 +191,22 @@ async def serving(
                 ("grpc.max_send_message_length", config.limits.message_bytes),
             ),
         )
+        served: Any = _Generic(server)
         # The boundary hands the servicers its own CallContext, which their types say.
         chat_service_pb2_grpc.add_ChatServiceServicer_to_server(
             ChatServicer(lambda: live.gateway, logger),  # type: ignore[arg-type]
-            server,
+            served,
         )
         tokenizer_service_pb2_grpc.add_TokenizerServiceServicer_to_server(
             TokenizerServicer(lambda: live.gateway, live.counter),  # type: ignore[arg-type]
-            server,
+            served,
         )
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelServicer(lambda: live.gateway),  # type: ignore[arg-type]
-            server,
+            served,
         )
         health_servicer = Health(SERVICES)
-        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, served)
         if config.reflection:
             _add_reflection(server, (*SERVICES, HEALTH_SERVICE))
         tls = config.tls
@@ -482,6 +483,21 @@ async def _metrics_page(
         raise ListenError(str(error)) from None
 
 
+class _Generic:
+    """What generated code adds servicers to: a server that is not told the names of its methods.
+
+    For each method that it knows by name grpc.aio has a task that waits for its calls, and asks
+    every one of these at each call. Calls of methods that it does not know have one task together.
+    Of what a profiler saw of a unary call, thirteen tasks took 90 us of 1,600.
+    """
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: object) -> None:
+        """They are among the generic ones already."""
+
+
 class _Watches:
     """What looks at files while the server runs."""
 
@@ -614,17 +630,11 @@ class _Symbols:
 def _add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
     """v1alpha, and v1, whose messages are the same and which grpcio-reflection lacks."""
     names = (*services, reflection.SERVICE_NAME)
-    symbols = _Symbols()
-    reflection.enable_server_reflection(names, server, pool=symbols)
     handler = grpc.stream_stream_rpc_method_handler(
-        reflection.aio.ReflectionServicer(names, pool=symbols).ServerReflectionInfo,
+        reflection.aio.ReflectionServicer(names, pool=_Symbols()).ServerReflectionInfo,
         reflection_pb2.ServerReflectionRequest.FromString,
         reflection_pb2.ServerReflectionResponse.SerializeToString,
     )
-    server.add_generic_rpc_handlers(
-        (
-            grpc.method_handlers_generic_handler(
-                "grpc.reflection.v1.ServerReflection", {"ServerReflectionInfo": handler}
-            ),
-        )
-    )
+    for name in (reflection.SERVICE_NAME, "grpc.reflection.v1.ServerReflection"):
+        served = grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": handler})
+        server.add_generic_rpc_handlers((served,))

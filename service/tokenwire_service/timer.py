@@ -53,7 +53,7 @@ class Within:
 
 
 class Alarm:
-    """`with alarm.until(at):` as `async with Within(...)`, for the many short waits of one stream.
+    """`with alarm.until(at):` as `async with Within(...)`, for the many short waits of one request.
 
     Those end long before their time, nearly all of them, and to arm a timer for each and disarm it
     takes longer than what else is done for a token: 13.9 us for three waits, against 2.6 us here

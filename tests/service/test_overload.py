@@ -126,6 +126,45 @@ async def test_a_whole_answer_is_not_cut_off_by_its_connections_end_after_a_rest
             await client.close()
 
 
+@pytest.mark.parametrize(("gap", "rests"), [(0.01, True), (0.3, False)])
+async def test_a_stream_rests_only_where_a_rest_gathers_pieces(gap: float, rests: bool) -> None:
+    """It would be later without being cheaper."""
+    clock = [0.0]
+
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        response = await event_stream(asked)
+        for text in TEXTS[:20]:
+            await asked_for.get()
+            await response.write(chunk(text))
+        await response.write(chunk("", finish_reason="stop") + b"data: [DONE]\n\n")
+        return response
+
+    asked_for: asyncio.Queue[None] = asyncio.Queue()
+    async with provider(answer) as served:
+        wanted = upstream(served.base_url)
+        client = UpstreamClient(wanted, chooser(), Limits(), now=lambda: clock[0])
+        lease = KeyRing(wanted).lease("m", 0.0)
+        assert isinstance(lease, Lease)
+        route = Route(wanted, None, "m")
+        encoded = client.dialect(route).encode(request(), route, stream=True)
+        try:
+            async with client.open(encoded, lease, Progress()) as reading:
+                for _ in range(10):
+                    asked_for.put_nowait(None)
+                    assert await reading.read(math.inf)
+                    clock[0] += gap
+                rest = reading.rest(0.1)
+                try:
+                    rest.send(None)
+                    rested = True  # it waits for something
+                except StopIteration:
+                    rested = False
+                rest.close()
+                assert rested is rests
+        finally:
+            await client.close()
+
+
 async def test_a_loop_that_is_very_late_takes_no_new_batch_and_goes_on_with_those_that_run(
     start: Start,
 ) -> None:

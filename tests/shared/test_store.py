@@ -29,7 +29,7 @@ LIMITS = Limits(requests_per_minute=10, tokens_per_minute=100, in_flight=5, toke
 @asynccontextmanager
 async def reaching(settings: Redis) -> AsyncIterator[tuple[Store, Quotas, io.StringIO]]:
     log = io.StringIO()
-    store = Store(settings, SCRIPTS, configure_logging("info", as_json=True, stream=log))
+    store = Store(settings, SCRIPTS, configure_logging("info", as_json=False, stream=log))
     quotas = Quotas(store, lease=0.1)
     tasks = [asyncio.ensure_future(each) for each in (store.run(), quotas.run())]
     try:
@@ -136,7 +136,7 @@ async def test_tls(tmp_path: Path, trusted: bool) -> None:
 async def test_what_ends_last_is_told_before_the_connection_is_closed(redis: RedisServer) -> None:
     settings = Redis(url=redis.url, on_failure="open", timeout=5.0)
     log = io.StringIO()
-    async with sharing.started(settings, configure_logging("info", True, log)) as shared:
+    async with sharing.started(settings, configure_logging("info", False, log)) as shared:
         assert shared is not None
         grant = await shared.quotas.reserve("caller:a", Limits(in_flight=1), 0)
         assert isinstance(grant, Grant)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from harness import Recorder
 from tokenwire_service.counters import Counters, KeyCount

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from tokenwire.v1 import chat_service_pb2
 from tokenwire_service.errors import UpstreamFault
-from tokenwire_service.upstream import sse
+from tokenwire_service.upstream import openai_answers, sse
 from tokenwire_service.upstream.openai_answers import OpenAIStream
-from tokenwire_service.upstream.openai_plain import piece
+from tokenwire_service.upstream.openai_plain import piece, whole
 
 Event = chat_service_pb2.StreamChatResponse
 
@@ -199,3 +199,117 @@ def test_a_joined_delta_stays_sendable() -> None:
     assert max(each.ByteSize() for each in out) < 34_000
     assert "".join(each.delta.content for each in out) == "x" + text * 1000
     assert len(out) < 20
+
+
+# --- whole answers ------------------------------------------------------------------------
+
+WHOLE = {
+    "id": "chatcmpl-1",
+    "object": "chat.completion",
+    "created": 1_700_000_000,
+    "model": "m",
+    "service_tier": "default",
+    "system_fingerprint": None,
+    "choices": [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "x", "refusal": None, "annotations": []},
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+    ],
+    "usage": {
+        "prompt_tokens": 3,
+        "completion_tokens": 1,
+        "total_tokens": 4,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    },
+}
+MESSAGES = st.fixed_dictionaries(
+    {"content": TEXT},
+    optional={
+        "role": st.sampled_from(["assistant", "", None, "tool"]),
+        "refusal": SELDOM,
+        "reasoning": SELDOM,
+        "reasoning_content": SELDOM,
+        "tool_calls": SELDOM,
+        "annotations": SELDOM,
+        "function_call": SELDOM,
+        "audio": SELDOM,
+        "other": SELDOM,
+    },
+)
+WHOLE_CHOICES = st.fixed_dictionaries(
+    {"message": MESSAGES},
+    optional={
+        "index": st.sampled_from([0, 0, 0, 1, -1, 2**31, None, "0", True]),
+        "logprobs": SELDOM,
+        "finish_reason": st.sampled_from(["stop", "stop", "length", "error", "", None, 1]),
+        "stop_reason": SELDOM,
+        "other": SELDOM,
+    },
+)
+ANSWERS = st.fixed_dictionaries(
+    {"choices": st.lists(WHOLE_CHOICES, max_size=2)},
+    optional={
+        "id": st.sampled_from(["a", "", None, 7]),
+        "object": st.sampled_from(["chat.completion", "chat.completion", "error", "", None]),
+        "created": st.sampled_from([1, 0, -1, 1.5, None, 253_402_300_800, 10**30]),
+        "model": st.sampled_from(["m", "", None, []]),
+        "system_fingerprint": SELDOM,
+        "service_tier": SELDOM,
+        "usage": st.sampled_from([None, {}, [], {"prompt_tokens": 3}, {"x": 1}, WHOLE["usage"]]),
+        "error": SELDOM,
+        "code": SELDOM,
+        "prompt_logprobs": SELDOM,
+        "more": SELDOM,
+    },
+)
+
+
+@settings(max_examples=600)
+@given(answer=ANSWERS | MESSAGES.map(lambda m: {**WHOLE, "choices": [{"message": m}]}))
+def test_both_ways_read_the_same_answer(answer: Any) -> None:
+    body = json.dumps(answer).encode()
+    for flat in (False, True):
+        said = []
+        for way in (
+            lambda flat=flat: openai_answers.decode(body, flat_errors=flat),
+            lambda flat=flat: openai_answers._decode(body, flat),
+        ):
+            try:
+                said.append(way())
+            except UpstreamFault as fault:
+                said.append((fault.fault, fault.message))
+        assert said[0] == said[1]
+
+
+def test_a_plain_answer_is_read_the_short_way() -> None:
+    body = json.dumps(WHOLE).encode()
+    assert whole(body) is not None
+    answer = openai_answers.decode(body)
+    assert answer == openai_answers._decode(body, False)
+    assert answer.choices[0].message.content == "x"
+    assert answer.usage.cached_prompt_tokens == 2
+    assert answer.header.create_time.seconds == 1_700_000_000
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b"",
+        b"null",
+        b'{"choices":[]}',
+        b'{"choices":[{"message":{"content":"x"}}]}',
+        b'{"choices":[{"message":{"content":null},"finish_reason":"stop"}]}',
+        b'{"choices":[{"message":{"content":"x"},"finish_reason":"error"}]}',
+        b'{"choices":[{"message":{"content":"x","tool_calls":[{}]},"finish_reason":"stop"}]}',
+        b'{"choices":[{"message":{"content":"x"},"finish_reason":"stop"}],"error":{"a":1}}',
+        b'{"choices":[{"message":{"content":"x"},"finish_reason":"stop"}],"code":1}',
+        b'{"choices":[{"message":{"content":"\\ud83d"},"finish_reason":"stop"}]}',
+        b"[" * 100_000,
+    ],
+    ids=range(11),
+)
+def test_what_is_no_plain_answer_goes_the_long_way(odd: bytes) -> None:
+    assert whole(odd) is None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
+import msgspec
 import pytest
 
 from tokenwire_service.recent import KEPT, Recent
@@ -66,12 +65,12 @@ def test_a_second_is_told_when_it_is_over(recent: Recent, clock: Clock) -> None:
 
 
 def test_what_counts_as_what(recent: Recent, clock: Clock) -> None:
-    recent.call(dataclasses.replace(CALL, code="CANCELLED", reason="CANCELLED"))
-    recent.call(dataclasses.replace(CALL, code="UNAVAILABLE", reason="RATE_LIMITED"))
-    recent.call(dataclasses.replace(CALL, code="UNIMPLEMENTED"))
+    recent.call(msgspec.structs.replace(CALL, code="CANCELLED", reason="CANCELLED"))
+    recent.call(msgspec.structs.replace(CALL, code="UNAVAILABLE", reason="RATE_LIMITED"))
+    recent.call(msgspec.structs.replace(CALL, code="UNIMPLEMENTED"))
     recent.attempt(ATTEMPT)
-    recent.attempt(dataclasses.replace(ATTEMPT, fault="rate_limited", number=2))
-    recent.attempt(dataclasses.replace(ATTEMPT, fault="abandoned", number=3))
+    recent.attempt(msgspec.structs.replace(ATTEMPT, fault="rate_limited", number=2))
+    recent.attempt(msgspec.structs.replace(ATTEMPT, fault="abandoned", number=3))
     recent.relayed(2, 0.25)
     recent.relayed(3, None)
     clock.time += 1

@@ -1,17 +1,18 @@
 """One record, one line, whatever stands in it."""
 
+import asyncio
 import io
 import json
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import asdict, replace
 
 from tokenwire_service.secret import Scrubber, Secret
 from tokenwire_service.telemetry import (
@@ -199,12 +200,12 @@ def test_the_page_on_events_tells_every_field(
     page = (ROOT / "docs/events.md").read_text(encoding="utf-8")
     part = page.partition(f"## {title}\n")[2].partition("## ")[0]
     told = re.findall(r"`(\w+)`", "".join(re.findall(r"^\|([^|]*)\|", part, re.MULTILINE)))
-    assert sorted(told) == sorted(each.name for each in fields(kind))
+    assert sorted(told) == sorted(kind.__struct_fields__)
 
 
 @pytest.mark.parametrize("event", [ATTEMPT, CALL])
 def test_what_was_recorded_does_not_change(event: AttemptEvent | CallEvent) -> None:
-    with pytest.raises(FrozenInstanceError):
+    with pytest.raises(AttributeError):
         event.seconds = 0.0  # type: ignore[misc]
 
 
@@ -237,7 +238,7 @@ def test_an_event_is_logged_at_the_level_of_its_weight(
 def test_every_field_of_an_event_is_in_its_line(log: io.StringIO) -> None:
     LogObserver(configure_logging("info", as_json=True, stream=log)).attempt(ATTEMPT)
     written = json.loads(log.getvalue())
-    assert {key: written[key] for key in vars(ATTEMPT)} == {**vars(ATTEMPT), "seconds": 0.1235}
+    assert {k: written[k] for k in asdict(ATTEMPT)} == {**asdict(ATTEMPT), "seconds": 0.1235}
 
 
 def test_what_is_below_the_level_is_not_written(log: io.StringIO) -> None:
@@ -247,6 +248,98 @@ def test_what_is_below_the_level_is_not_written(log: io.StringIO) -> None:
     assert log.getvalue() == ""
     observer.attempt(ATTEMPT)
     assert "fault=rate_limited" in log.getvalue()
+
+
+def messages(log: io.StringIO) -> list[str]:
+    return [json.loads(line)["event"] for line in log.getvalue().splitlines()]
+
+
+async def test_lines_of_a_running_loop_are_written_a_moment_later_in_their_order() -> None:
+    log = Writes()
+    logger = configure_logging("info", as_json=True, stream=log)
+    logger.info("one")
+    logging.getLogger("aiohttp").warning("two")
+    logger.info("three")
+    assert log.writes == 0
+    while not log.writes:
+        await asyncio.sleep(0.01)
+    assert messages(log) == ["one", "two", "three"]
+    assert log.writes == 1
+    logger.info("four")  # another moment begins
+    while log.writes == 1:
+        await asyncio.sleep(0.01)
+    assert messages(log)[3:] == ["four"]
+
+
+async def test_an_error_is_written_at_once_with_all_that_was_held() -> None:
+    log = Writes()
+    logger = configure_logging("info", as_json=True, stream=log)
+    logger.info("before")
+    logger.error("defect")
+    assert messages(log) == ["before", "defect"]
+
+
+async def test_what_is_held_is_bounded() -> None:
+    log = Writes()
+    logger = configure_logging("info", as_json=True, stream=log)
+    for number in range(1000):
+        logger.info("%d", number)
+        assert number - len(messages(log)) < 256
+    assert log.writes == 1000 // 256
+
+
+async def test_another_thread_writes_at_once() -> None:
+    log = Writes()
+    logger = configure_logging("info", as_json=True, stream=log)
+    logger.info("held")
+    await asyncio.to_thread(logger.info, "at once")
+    assert messages(log) == ["held", "at once"]
+
+
+async def test_a_line_for_people_is_not_held() -> None:
+    log = io.StringIO()
+    configure_logging("info", as_json=False, stream=log).info("now")
+    assert "now" in log.getvalue()
+
+
+async def test_what_is_held_is_written_when_the_process_ends() -> None:
+    log = Writes()
+    logger = configure_logging("info", as_json=True, stream=log)
+    logger.info("last")
+    logger.handlers[0].flush()  # as logging.shutdown, which Python calls
+    assert messages(log) == ["last"]
+
+
+async def test_the_time_of_a_line_is_that_of_its_event() -> None:
+    log = Writes()
+    logger = configure_logging("info", as_json=True, stream=log)
+    logger.info("held")
+    [record] = logger.handlers[0]._held  # type: ignore[attr-defined]
+    record.created, record.msecs = 1_700_000_000.25, 250
+    logger.handlers[0].flush()
+    assert json.loads(log.getvalue())["time"] == "2023-11-14T22:13:20.250Z"
+
+
+async def test_a_record_that_cannot_be_written_costs_no_other_its_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    log = Writes()
+    logger = configure_logging("info", as_json=True, stream=log)
+    logger.info("%d", "no number")
+    logger.info("good")
+    logger.handlers[0].flush()
+    assert messages(log) == ["good"]
+
+
+class Writes(io.StringIO):
+    """Counts writes that say something."""
+
+    writes = 0
+
+    def write(self, text: str) -> int:
+        self.writes += bool(text)
+        return super().write(text)
 
 
 def test_configuring_again_does_not_write_twice(log: io.StringIO) -> None:

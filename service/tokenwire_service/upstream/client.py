@@ -36,6 +36,7 @@ _READ_BYTES = 64 * 1024  # decoded at once; a caller who does not read holds up 
 _KEEPALIVE_SECONDS = (
     30.0  # below the idle timers of load balancers, so no dead connection is reused
 )
+_NEWEST = 0.2  # share of the newest gap between pieces in their average
 _DRAIN_SECONDS = 0.05  # to read the last chunk's end after [DONE], so that the connection is kept
 
 
@@ -112,16 +113,18 @@ class UpstreamClient:
         self, encoded: Encoded, lease: Lease, progress: Progress
     ) -> chat_service_pb2.ChatResponse:
         """The whole plain answer."""
-        async with self._request(encoded, lease, progress) as response:
-            body = await self._body(response, self._limits.upstream_answer_bytes)
+        alarm = Alarm(self._now)
+        async with self._request(encoded, lease, progress, alarm) as response:
+            body = await self._body(response, self._limits.upstream_answer_bytes, alarm)
         return encoded.dialect.decode(encoded, body)
 
     async def models(
         self, encoded: Encoded, lease: Lease, progress: Progress
     ) -> list[model_service_pb2.Model]:
         """The upstream's own model list."""
-        async with self._request(encoded, lease, progress) as response:
-            body = await self._body(response, self._limits.upstream_answer_bytes)
+        alarm = Alarm(self._now)
+        async with self._request(encoded, lease, progress, alarm) as response:
+            body = await self._body(response, self._limits.upstream_answer_bytes, alarm)
         return encoded.dialect.decode_models(body)
 
     @asynccontextmanager
@@ -131,12 +134,13 @@ class UpstreamClient:
         """A stream, closed on leaving: an unfinished one closes its connection, so the upstream
         stops generating."""
         text_until = self._now() + self.upstream.timeouts.first_byte
-        async with self._request(encoded, lease, progress) as response:
+        alarm = Alarm(self._now)
+        async with self._request(encoded, lease, progress, alarm) as response:
             early = b""
             if response.content_type == "application/json":
                 try:  # blanks keep the connection alive, but are no text
                     async with Within(max(0.0, text_until - self._now())):
-                        early = await self._no_plain_answer(encoded, response)
+                        early = await self._no_plain_answer(encoded, response, alarm)
                 except TimeoutError:
                     raise UpstreamFault(
                         Fault.TIMEOUT, "no text in time", facts={TIMER: "first_byte"}
@@ -148,18 +152,17 @@ class UpstreamClient:
                 text_until,
                 self.upstream.timeouts.idle,
                 self._now,
+                alarm,
                 early,
             )
-            try:
-                yield answer
-                await answer.drain()
-            finally:
-                answer.close()
+            yield answer
+            await answer.drain()
 
     @asynccontextmanager
     async def _request(
-        self, encoded: Encoded, lease: Lease, progress: Progress
+        self, encoded: Encoded, lease: Lease, progress: Progress, alarm: Alarm
     ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The answer's head. `alarm`: for all waits of this request, disarmed at its end."""
         headers = {
             **self.upstream.headers,
             **encoded.headers,
@@ -178,7 +181,7 @@ class UpstreamClient:
         _ATTEMPT.set(progress)
         try:
             try:
-                async with Within(timeouts.first_byte):
+                with alarm.until(self._now() + timeouts.first_byte):
                     response = await self._connected(progress.fresh).request(
                         "POST" if encoded.body else "GET",
                         URL(self._base + encoded.path, encoded=True),
@@ -228,6 +231,7 @@ class UpstreamClient:
                     Fault.TRUNCATED, f"the connection broke within the answer ({_kind(error)})"
                 ) from None
         finally:
+            alarm.close()
             if response is not None:
                 # Only a response read to its end has given its connection back already; any
                 # other is closed with it, which is what tells the upstream to stop.
@@ -275,19 +279,26 @@ class UpstreamClient:
         fault.http_status = response.status
         return fault
 
-    async def _no_plain_answer(self, encoded: Encoded, response: aiohttp.ClientResponse) -> bytes:
+    async def _no_plain_answer(
+        self, encoded: Encoded, response: aiohttp.ClientResponse, alarm: Alarm
+    ) -> bytes:
         """The first bytes of a stream that calls itself JSON, which some servers send. Raises what
         an error in a whole JSON answer means: InternLM and others refuse a stream by one."""
         limit = self._limits.upstream_answer_bytes
-        begun = await self._body(response, limit, pieces=1)
+        begun = await self._body(response, limit, alarm, pieces=1)
         if begun.lstrip()[:1] not in (b"{", b"["):
             return begun
-        rest = await self._body(response, limit - len(begun))
+        rest = await self._body(response, limit - len(begun), alarm)
         encoded.dialect.decode(encoded, begun + rest)
         raise UpstreamFault(Fault.PROTOCOL, "a whole answer, where a stream was asked for")
 
     async def _body(
-        self, response: aiohttp.ClientResponse, limit: int, *, pieces: int | None = None
+        self,
+        response: aiohttp.ClientResponse,
+        limit: int,
+        alarm: Alarm,
+        *,
+        pieces: int | None = None,
     ) -> bytes:
         """The whole body, or what comes of it in so many `pieces` that are not blank. Whitespace
         keeps some upstreams' connections alive: it is progress."""
@@ -295,7 +306,7 @@ class UpstreamClient:
         idle = self.upstream.timeouts.idle
         while pieces is None or pieces > 0:
             try:
-                async with Within(idle):
+                with alarm.until(self._now() + idle):
                     piece = await response.content.readany()
             except TimeoutError:
                 raise UpstreamFault(
@@ -359,6 +370,7 @@ class Answer:
         text_until: float,
         idle: float,
         now: Callable[[], float],
+        alarm: Alarm,
         early: bytes = b"",
     ) -> None:
         self._response = response
@@ -371,9 +383,11 @@ class Answer:
         self._idle = idle
         self._silent_at = text_until  # when silence becomes a fault
         self._begun = False  # a first piece of text has come: a role alone may come for ever
-        self._alarm = Alarm(now)
+        self._alarm = alarm
         self.pieces = 0  # of text and calls in what was read last, as the upstream sent them
         self._fault: UpstreamFault | None = None  # met behind events that were still good
+        self._gap = 0.0  # seconds from one piece to the next, lately; 0 while nobody knows
+        self._piece_at: float | None = None  # when the last one came
 
     @property
     def usage(self) -> chat_pb2.Usage | None:
@@ -417,6 +431,8 @@ class Answer:
                 self._silent_at = self._now() + self._idle
             if decoded:
                 self._size = 0
+                if self.pieces:
+                    self._note_pace()
                 return decoded
             if self._fault is not None:
                 raise self._fault
@@ -427,8 +443,19 @@ class Answer:
                 )
         return None
 
+    def _note_pace(self) -> None:
+        now = self._now()
+        if self._piece_at is not None:
+            gap = (now - self._piece_at) / self.pieces
+            self._gap += (gap - self._gap) * (_NEWEST if self._gap else 1.0)
+        self._piece_at = now
+
     async def rest(self, seconds: float) -> None:
-        """Reads nothing for a while: what arrives stays in the kernel, and wakes nobody."""
+        """Reads nothing for a while: what arrives stays in the kernel, and wakes nobody. A stream
+        so slow that not every other rest would gather a second piece goes on at once: it would only
+        be later, and the loop have one timer more."""
+        if self._gap >= 2 * seconds:
+            return
         connection = self._response.connection
         protocol = None if connection is None else connection.protocol
         if protocol is None:
@@ -445,10 +472,6 @@ class Answer:
         finally:
             if not transport.is_closing():
                 transport.resume_reading()
-
-    def close(self) -> None:
-        """No more is read."""
-        self._alarm.close()
 
     def finish(self) -> list[chat_service_pb2.StreamChatResponse]:
         """The finishes and the trailer. Raises UpstreamFault without proof of completion."""

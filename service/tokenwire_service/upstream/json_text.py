@@ -169,7 +169,10 @@ def count(value: Any) -> int | None:
 
 
 def first_count(*values: Any) -> int | None:
-    return next((n for n in map(count, values) if n is not None), None)
+    for value in values:
+        if (number := count(value)) is not None:
+            return number
+    return None
 
 
 def real(value: Any) -> float:

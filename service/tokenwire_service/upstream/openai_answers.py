@@ -32,7 +32,7 @@ from tokenwire_service.upstream.json_text import (
     set_extra,
     string,
 )
-from tokenwire_service.upstream.openai_plain import piece
+from tokenwire_service.upstream.openai_plain import Whole, piece, whole
 
 StreamChatResponse = chat_service_pb2.StreamChatResponse
 
@@ -79,6 +79,34 @@ _USAGE_FIELDS = frozenset({"prompt_tokens", "completion_tokens", "total_tokens"}
 def decode(body: bytes, *, flat_errors: bool = False) -> chat_service_pb2.ChatResponse:
     """A whole answer, tolerant in form and strict in substance. `flat_errors`: whether an object
     with a `code` in place of choices is an error."""
+    plain = whole(body)
+    return _decode(body, flat_errors) if plain is None else _of_plain(plain)
+
+
+def _of_plain(plain: Whole) -> chat_service_pb2.ChatResponse:
+    response = chat_service_pb2.ChatResponse()
+    header = response.header
+    if plain.id is not None:
+        header.id = plain.id
+    if plain.model is not None:
+        header.model = plain.model
+    if plain.system_fingerprint is not None:
+        header.system_fingerprint = plain.system_fingerprint
+    if plain.service_tier is not None:
+        header.service_tier = plain.service_tier
+    if plain.created is not None:
+        header.create_time.seconds = plain.created
+    [found] = plain.choices
+    choice = response.choices.add(index=found.index)
+    choice.message.role, choice.message.content = "assistant", found.message.content
+    choice.finish_reason_raw = found.finish_reason
+    choice.finish_reason = finish_reason(found.finish_reason)
+    if (usage := _usage(plain.usage)) is not None:
+        response.usage.CopyFrom(usage)
+    return response
+
+
+def _decode(body: bytes, flat_errors: bool) -> chat_service_pb2.ChatResponse:
     answer, _ = load(body)
     if not isinstance(answer, dict):
         raise protocol("the answer is not a JSON object")
@@ -96,7 +124,7 @@ def decode(body: bytes, *, flat_errors: bool = False) -> chat_service_pb2.ChatRe
             raise protocol("a choice holds no message")
         choice = response.choices.add(index=_index(raw, position))
         _fill_choice(choice, raw)
-    if (usage := _usage(answer)) is not None:
+    if (usage := _usage(answer.get("usage"))) is not None:
         response.usage.CopyFrom(usage)
     return response
 
@@ -271,7 +299,7 @@ class OpenAIStream(StreamDecoder):
             _fill_header(self._header, chunk)
         if extra := rest(chunk, _HEADER_FIELDS):
             (self._trailer_extra if self._header_sent else self._header_extra).update(extra)
-        if (usage := _usage(chunk)) is not None:
+        if (usage := _usage(chunk.get("usage"))) is not None:
             self.usage = usage
 
     def _choice(self, raw: dict[str, Any], index: int, out: list[StreamChatResponse]) -> None:
@@ -495,8 +523,7 @@ def _details_reason(choice: dict[str, Any]) -> str:
     return string(nested(choice, "finish_details").get("type"))
 
 
-def _usage(answer: dict[str, Any]) -> chat_pb2.Usage | None:
-    raw = answer.get("usage")
+def _usage(raw: object) -> chat_pb2.Usage | None:
     if not isinstance(raw, dict) or not raw:
         return None
     prompt = nested(raw, "prompt_tokens_details")

@@ -192,7 +192,7 @@ func TestTheLimitEndsWhatStalls(t *testing.T) {
 	go server.Serve(listener)
 	defer server.Stop()
 	defer close(closed)
-	o, _ := parse([]string{"-grpc", listener.Addr().String(), "-stream", "-streams", "3", "-limit", "200ms"})
+	o, _ := parse([]string{"-grpc", listener.Addr().String(), "-stream", "-streams", "3", "-requests", "3", "-limit", "200ms"})
 	got, err := run(o)
 	if err != nil || !reflect.DeepEqual(got["status"], map[string]int{"DEADLINE_EXCEEDED": 3}) {
 		t.Errorf("%v %v", got, err)
