@@ -108,6 +108,7 @@ async def run(
                 await started.channel.close()
             if process.returncode is None:
                 await asyncio.sleep(0.1)  # the gateway holds the lines of its log for half as long
+            if process.returncode is None:
                 process.kill()
             await process.wait()
 

@@ -179,7 +179,7 @@ async def test_a_caller_that_does_not_read_hears_of_the_servers_maximum_when_it_
     start: Start, mode: chat_service_pb2.StreamMode.ValueType
 ) -> None:
     async with endless() as served:
-        gateway = await start(upstream(served.base_url), timeouts=Timeouts(total=0.4))
+        gateway = await start(upstream(served.base_url), timeouts=Timeouts(total=1.5))
         call = gateway.chat.StreamChat(stream_request(request(), mode=mode))
         events = aiter(call)
         await anext(events)

@@ -71,7 +71,7 @@ async def test_the_callers_deadline_ends_the_upstream_request(
 ) -> None:
     gateway = await start(upstream(simulator[1]))
     stats = simulator[0].stats
-    call = begin(gateway, method, fault, timeout=0.5)
+    call = begin(gateway, method, fault, timeout=1.0)
     ending = asyncio.ensure_future(failing(call))
     await until(lambda: stats.open_requests == 1)
     failure = await ending
@@ -105,7 +105,7 @@ async def test_a_deadline_that_the_gateway_notices_first_has_details(
     fault: str,
     delivered: bool,
 ) -> None:
-    monkeypatch.setattr(CallContext, "time_remaining", lambda self: 0.3)
+    monkeypatch.setattr(CallContext, "time_remaining", lambda self: 0.8)
     gateway = await start(upstream(simulator[1]))
     failure = await failing(begin(gateway, method, fault, timeout=20))
     assert failure.code is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -125,11 +125,11 @@ async def test_without_a_sooner_deadline_the_servers_maximum_ends_a_call(
     delivered: bool,
     callers: float | None,
 ) -> None:
-    gateway = await start(upstream(simulator[1]), timeouts=Timeouts(total=0.3))
+    gateway = await start(upstream(simulator[1]), timeouts=Timeouts(total=0.8))
     failure = await failing(begin(gateway, method, fault, timeout=callers))
     assert failure.code is grpc.StatusCode.UNAVAILABLE
     assert failure.reason == ("UPSTREAM_STREAM_INTERRUPTED" if delivered else "UPSTREAM_TIMEOUT")
-    assert "0.3 s" in failure.message
+    assert "0.8 s" in failure.message
     assert failure.pushback == "-1"
     await nothing_open(simulator[0])
     assert simulator[0].stats.requests <= 1
@@ -143,7 +143,7 @@ async def test_what_was_delivered_before_the_maximum_is_kept(start: Start) -> No
         return response
 
     async with provider(answer) as served:
-        gateway = await start(upstream(served.base_url), timeouts=Timeouts(total=0.4))
+        gateway = await start(upstream(served.base_url), timeouts=Timeouts(total=1.5))
         received = await receive(gateway.chat.StreamChat(stream_request(request())))
     assert received.text == "a beginning"
     assert received.kinds == ["header", "delta"]
@@ -154,7 +154,7 @@ async def test_what_was_delivered_before_the_maximum_is_kept(start: Start) -> No
 async def test_each_item_of_a_batch_has_the_servers_maximum_for_itself(
     start: Start, simulator: Simulated
 ) -> None:
-    gateway = await start(upstream(simulator[1]), timeouts=Timeouts(total=0.4))
+    gateway = await start(upstream(simulator[1]), timeouts=Timeouts(total=1.0))
     wanted = chat_service_pb2.BatchChatRequest(max_concurrency=1)
     for fault in ("stall_before_headers", "stall_midway", "slow"):
         wanted.items.add(chat=request(extra_body_json=simulate(fault=fault, tokens=1)))

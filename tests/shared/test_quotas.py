@@ -112,7 +112,7 @@ async def replicas(
     *,
     minute: float = 60.0,
     lease: float = 10.0,
-    timeout: float = 1.0,
+    timeout: float = 5.0,
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> AsyncIterator[list[Replica]]:
     """Some that have reached Redis. `pause`: how they wait until they try to reach it again."""
