@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import pytest
 from aiohttp import web
@@ -27,7 +30,7 @@ from tokenwire.v1 import chat_service_pb2
 from tokenwire_service.config import Limits
 from tokenwire_service.keyring import KeyRing, Lease
 from tokenwire_service.looplag import LoopLag
-from tokenwire_service.upstream.client import Progress, UpstreamClient
+from tokenwire_service.upstream.client import Answer, Progress, UpstreamClient
 from tokenwire_service.upstream.dialect import Route
 from tokenwire_service.upstream.dialects import chooser
 
@@ -89,6 +92,24 @@ async def test_a_deadline_ends_a_stream_that_rests(start: Start) -> None:
         await until(lambda: served.open == 0)
 
 
+@asynccontextmanager
+async def reading(
+    base_url: str, now: Callable[[], float] = time.monotonic
+) -> AsyncIterator[Answer]:
+    """One stream of an upstream, as the gateway reads it."""
+    wanted = upstream(base_url)
+    client = UpstreamClient(wanted, chooser(), Limits(), now=now)
+    lease = KeyRing(wanted).lease("m", 0.0)
+    assert isinstance(lease, Lease)
+    route = Route(wanted, None, "m")
+    encoded = client.dialect(route).encode(request(), route, stream=True)
+    try:
+        async with client.open(encoded, lease, Progress()) as answer:
+            yield answer
+    finally:
+        await client.close()
+
+
 async def test_a_whole_answer_is_not_cut_off_by_its_connections_end_after_a_rest() -> None:
     """It comes with its end while its reader, which rested and found nothing yet, is busy."""
     rested = asyncio.Event()
@@ -103,27 +124,17 @@ async def test_a_whole_answer_is_not_cut_off_by_its_connections_end_after_a_rest
         end = piece(chunk("", finish_reason="stop") + b"data: [DONE]\n\n") + piece(b"")
         writer.write(piece(chunk("two ")) + piece(chunk("three")) + end)
 
-    async with raw_provider(answers) as served:
-        wanted = upstream(served.base_url)
-        client = UpstreamClient(wanted, chooser(), Limits())
-        lease = KeyRing(wanted).lease("m", 0.0)
-        assert isinstance(lease, Lease)
-        route = Route(wanted, None, "m")
-        encoded = client.dialect(route).encode(request(), route, stream=True)
-        try:
-            async with client.open(encoded, lease, Progress()) as answer:
-                events = await answer.read(math.inf) or []
-                await answer.rest(0.01)
-                assert await answer.read(asyncio.get_running_loop().time()) == []
-                rested.set()
-                await until(lambda: served.ended == 1)
-                await asyncio.sleep(0.1)
-                while (more := await answer.read(math.inf)) is not None:
-                    events += more
-                assert "".join(each.delta.content for each in events) == "one two three"
-                assert answer.finish()
-        finally:
-            await client.close()
+    async with raw_provider(answers) as served, reading(served.base_url) as answer:
+        events = await answer.read(math.inf) or []
+        await answer.rest(0.01)
+        assert await answer.read(asyncio.get_running_loop().time()) == []
+        rested.set()
+        await until(lambda: served.ended == 1)
+        await asyncio.sleep(0.1)
+        while (more := await answer.read(math.inf)) is not None:
+            events += more
+        assert "".join(each.delta.content for each in events) == "one two three"
+        assert answer.finish()
 
 
 @pytest.mark.parametrize(("gap", "rests"), [(0.01, True), (0.3, False)])
@@ -140,29 +151,19 @@ async def test_a_stream_rests_only_where_a_rest_gathers_pieces(gap: float, rests
         return response
 
     asked_for: asyncio.Queue[None] = asyncio.Queue()
-    async with provider(answer) as served:
-        wanted = upstream(served.base_url)
-        client = UpstreamClient(wanted, chooser(), Limits(), now=lambda: clock[0])
-        lease = KeyRing(wanted).lease("m", 0.0)
-        assert isinstance(lease, Lease)
-        route = Route(wanted, None, "m")
-        encoded = client.dialect(route).encode(request(), route, stream=True)
+    async with provider(answer) as served, reading(served.base_url, lambda: clock[0]) as stream:
+        for _ in range(10):
+            asked_for.put_nowait(None)
+            assert await stream.read(math.inf)
+            clock[0] += gap
+        rest = stream.rest(0.1)
         try:
-            async with client.open(encoded, lease, Progress()) as reading:
-                for _ in range(10):
-                    asked_for.put_nowait(None)
-                    assert await reading.read(math.inf)
-                    clock[0] += gap
-                rest = reading.rest(0.1)
-                try:
-                    rest.send(None)
-                    rested = True  # it waits for something
-                except StopIteration:
-                    rested = False
-                rest.close()
-                assert rested is rests
-        finally:
-            await client.close()
+            rest.send(None)
+            rested = True  # it waits for something
+        except StopIteration:
+            rested = False
+        rest.close()
+        assert rested is rests
 
 
 async def test_a_loop_that_is_very_late_takes_no_new_batch_and_goes_on_with_those_that_run(
