@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from typing import Any
+
+# uvloop forks, and gRPC's core has handlers for that which ruin a child now and then, before it
+# becomes another program ("next_worker->state == KICKED", or it hangs): read as core is loaded.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 import grpc
 import msgspec
