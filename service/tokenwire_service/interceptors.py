@@ -21,6 +21,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from tokenwire.v1 import error_reason_pb2
 from tokenwire_service.attempts import Call
+from tokenwire_service.backlog import Backlog
 from tokenwire_service.callers import Callers, Tenant
 from tokenwire_service.errors import GatewayError, Violation, invalid
 from tokenwire_service.telemetry import CallEvent, CallSpan, Observer, Tracer
@@ -40,6 +41,7 @@ OPEN_RPCS = frozenset(
 )
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _MOMENT = 0.05  # seconds
+_RETRY_AFTER = 1.0  # seconds: during overload, what a caller is told to wait
 _MAX_DETAIL_BYTES = 2048  # trailers beyond about 8 kB turn into RESOURCE_EXHAUSTED
 _MAX_FIELD_BYTES = 100
 _MAX_DESCRIPTION_BYTES = 1000
@@ -47,6 +49,7 @@ _MAX_RETRY_SECONDS = 31_622_400.0  # a year: no provider means more
 _MAX_PUSHBACK_MS = 2**31 - 1  # clients read a signed 32-bit number
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Metadata = tuple[tuple[str, str | bytes], ...]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 Handler = Callable[[Any, Any], Awaitable[Any]]
 Read = Callable[[bytes], Message]
@@ -137,15 +140,18 @@ class Boundary(grpc.aio.ServerInterceptor):
         *,
         callers: Callers | None = None,
         tracer: Tracer | None = None,
+        backlog: Backlog | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._callers = callers or Callers(())
+        self.backlog = backlog
         self._tracer = tracer
         self._observer = observer
         self._logger = logger
         self._max_message_bytes = max_message_bytes
         self._now = now
         self._handlers: dict[str, Any] = {}
+        self._refusals: dict[str, Any] = {}
         self._number = 0
         self._running: set[int] = set()
         # Who waits for some of them, with those that they wait for yet.
@@ -168,8 +174,11 @@ class Boundary(grpc.aio.ServerInterceptor):
         continuation: Continuation,
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        """The wrapped handler, of each method one: servicers are never added later."""
+        """The wrapped handler, of each method one: servicers are never added later. Where too many
+        calls wait behind this one, a handler that refuses it unread."""
         method = handler_call_details.method
+        if not self._begins() and method not in OPEN_RPCS:
+            return self._refusing(method)
         known = self._handlers.get(method)
         if known is not None:
             return known
@@ -189,17 +198,21 @@ class Boundary(grpc.aio.ServerInterceptor):
             )
         return self._handlers.setdefault(method, wrapped)
 
+    def _begins(self) -> bool:
+        backlog, task = self.backlog, asyncio.current_task()
+        if backlog is None or task is None:
+            return True
+        # grpc.aio's own for this call, to its end: those that never come to a handler end, too.
+        task.add_done_callback(lambda _: backlog.ended())
+        return backlog.begins()
+
     def _wrap(self, handler: Handler, read: Read, method: str) -> Handler:
         # Any: grpc types handlers as sync ones, or as generators.
         async def wrapped(request: Any, context: Context) -> Any:
             metadata = tuple(context.invocation_metadata() or ())
-            request_id = _request_id(metadata)
             authorization = [str(value) for name, value in metadata if name == "authorization"]
-            call = CallContext(context, request_id, self._now(), self._max_message_bytes)
-            if self._tracer is not None:
-                call.span = self._tracer.call(method.removeprefix("/"), metadata)
-            self._began(context)
-            context.set_trailing_metadata((("x-request-id", request_id),))
+            call = self._call(method, context, metadata)
+            context.set_trailing_metadata((("x-request-id", call.request_id),))
             answer = None
             error: GatewayError | None = None
             try:
@@ -225,6 +238,37 @@ class Boundary(grpc.aio.ServerInterceptor):
             return answer
 
         return wrapped
+
+    def _refusing(self, method: str) -> Any:
+        """Of the kind that reads nothing before it answers. Who calls is not looked at either."""
+        if (known := self._refusals.get(method)) is not None:
+            return known
+        error = GatewayError(
+            error_reason_pb2.ERROR_REASON_GATEWAY_OVERLOADED,
+            "more calls come than this instance can begin",
+            retry_after=_RETRY_AFTER,
+            retry_helps=True,
+        )
+        status = _CODES[error.code]
+
+        async def refuse(_requests: Any, context: Context) -> None:
+            call = self._call(method, context, tuple(context.invocation_metadata() or ()))
+            # An abort, which raises, would take half as long again.
+            context.set_code(status)
+            context.set_details(error.message)
+            context.set_trailing_metadata(trailers(error, call.request_id))
+            self._ended(call, method, status.name, error.reason_name, error.message)
+
+        return self._refusals.setdefault(method, grpc.stream_stream_rpc_method_handler(refuse))
+
+    def _call(self, method: str, context: Context, metadata: Metadata) -> CallContext:
+        """One that begins."""
+        request_id = _request_id(metadata)
+        call = CallContext(context, request_id, self._now(), self._max_message_bytes)
+        if self._tracer is not None:
+            call.span = self._tracer.call(method.removeprefix("/"), metadata)
+        self._began(context)
+        return call
 
     async def _fail(
         self, call: CallContext, method: str, context: Context, error: GatewayError

@@ -246,6 +246,18 @@ class ConfigState(Protocol):
         """Why the file, as it was read last, is not in force; empty where it is."""
 
 
+class Pending(Protocol):
+    """What of backlog.Backlog matters here."""
+
+    @property
+    def waiting(self) -> int:
+        """Calls that have come and not begun."""
+
+    @property
+    def refused(self) -> int:
+        """Calls that were refused for it since the start."""
+
+
 class Standing:
     """A collector: how the gateway stands at the moment of a scrape. Read in the event loop and
     without an await, so that what it tells belongs together. `spans`: how many were sent, failed
@@ -259,6 +271,7 @@ class Standing:
         files: KeyFiles,
         revision: ConfigState,
         *,
+        backlog: Pending,
         spans: Callable[[], Mapping[str, int]] = dict,
         redis_away: Callable[[], bool] = bool,
         certificates_refused: Callable[[], bool] = bool,
@@ -270,6 +283,7 @@ class Standing:
         self._files = files
         self._revision = revision
         self._spans = spans
+        self._backlog = backlog
         self._redis_away = redis_away
         self._certificates_refused = certificates_refused
         self._now = now
@@ -290,6 +304,7 @@ class Standing:
         for name, told, value in (
             ("in_flight_calls", "Slots in use: chats, streams until their end.", gateway.in_flight),
             ("slots", "Chats that may run at once.", gateway.slots),
+            ("pending_calls", "Calls that have come and not begun.", self._backlog.waiting),
             ("queued_calls", "Chats that wait for a slot of the gateway.", gateway.waiting),
             ("retry_budget", "Retries that may be made now.", gateway.retry_budget),
             ("loop_lag_seconds", "How late the event loop runs, on average.", gateway.lag.seconds),
@@ -338,6 +353,7 @@ class Standing:
         )
         drops.add_metric(("gateway", ""), self._gateway.dropped)
         drops.add_metric(("loop_lag", ""), self._gateway.refused_late)
+        drops.add_metric(("pending", ""), self._backlog.refused)
         for name, pool in self._pools.items():
             drops.add_metric(("upstream", name), pool.bulkhead.dropped)
         yield drops

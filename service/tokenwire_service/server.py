@@ -29,6 +29,7 @@ from tokenwire.v1 import (
 )
 from tokenwire_service import keyfiles, reload, sharing
 from tokenwire_service.admin import AdminServicer
+from tokenwire_service.backlog import Backlog, calls_in_core, newest_server
 from tokenwire_service.certificates import Certificates
 from tokenwire_service.config import Config
 from tokenwire_service.counters import Counters
@@ -68,10 +69,8 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.max_ping_strikes", 0),  # clients ping silent streams; that is no abuse
     ("grpc.keepalive_time_ms", 60_000),  # notices callers that vanished without a word
     ("grpc.keepalive_timeout_ms", 20_000),
-    # Calls that come while the loop is late are refused by us, with a reason: gRPC's own bounds
-    # (1,000 calls, 30 s) would reset them.
-    ("grpc.server.max_pending_requests", 100_000),
-    ("grpc.server.max_pending_requests_hard_limit", 100_000),
+    # Calls that come while the loop is late are refused by us, with a reason: gRPC would reset them
+    # after 30 s.
     ("grpc.server_max_unrequested_time_in_server", 3600),
 )
 
@@ -175,22 +174,28 @@ async def serving(
         stack.push_async_callback(live.close)
         gateway = live.gateway
         revision = Revision()
+        pending = config.limits.pending
+        backlog = Backlog(lambda: calls_in_core(server_id), pending // 2, lag, time.monotonic)
         boundary = Boundary(
             observer,
             logger,
             config.limits.message_bytes,
             callers=live.callers,
             tracer=None if otlp is None else otlp.tracer,
+            backlog=backlog,
         )
         server = grpc.aio.server(
             interceptors=(boundary,),
             options=(
                 *_OPTIONS,
                 *_ages(config.connections),
+                ("grpc.server.max_pending_requests", pending),
+                ("grpc.server.max_pending_requests_hard_limit", pending),
                 ("grpc.max_receive_message_length", config.limits.message_bytes),
                 ("grpc.max_send_message_length", config.limits.message_bytes),
             ),
         )
+        server_id = newest_server()
         served: Any = _Generic(server)
         # The boundary hands the servicers its own CallContext, which their types say.
         chat_service_pb2_grpc.add_ChatServiceServicer_to_server(
@@ -229,7 +234,7 @@ async def serving(
         if metrics is not None:
             exposed = await _metrics_page(
                 metrics,
-                _standing(live, counters, revision, otlp, shared, certificates),
+                _standing(live, backlog, counters, revision, otlp, shared, certificates),
                 config.metrics.listen,
                 logger,
                 stack,
@@ -436,6 +441,7 @@ def _otlp(config: Config, labels: Labels, scrub: Scrubber, logger: logging.Logge
 
 def _standing(
     live: Live,
+    backlog: Backlog,
     counters: Counters,
     revision: Revision,
     otlp: Otlp | None,
@@ -454,6 +460,7 @@ def _standing(
         counters,
         live.files,
         revision,
+        backlog=backlog,
         spans=dict if otlp is None else otlp.spans,
         redis_away=redis_away,
         certificates_refused=lambda: certificates is not None and bool(certificates.problem),

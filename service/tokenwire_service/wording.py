@@ -94,7 +94,9 @@ def proto_path(param: str, chat: chat_service_pb2.ChatRequest) -> str:
 
 def printable(text: str) -> str:
     """`text` as a status message can carry it: one line, no control characters, not too long."""
-    text = "".join(c if c.isprintable() else " " for c in text[: 4 * MESSAGE_CHARACTERS])
+    text = text[: 4 * MESSAGE_CHARACTERS]
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else " " for c in text)
     text = " ".join(text.split())
     short = text[:MESSAGE_CHARACTERS].encode()[:MESSAGE_BYTES].decode(errors="ignore")
     return text if short == text else short[:-1] + "\u2026"

@@ -218,8 +218,7 @@ def episodes(results: Results) -> str:
     if not found:
         return "Not run."
     start, memory = found["start"]["seconds"], found["memory"]
-    over, soak = found["overload"], found["soak"]
-    refused = sum(n for status, n in over["status"].items() if status != "OK")
+    soak = found["soak"]
     lines = [
         f"- **Start**: {number(statistics.median(start))} s [{number(min(start))}-"
         f"{number(max(start))}] from the spawn to the first answer of its health service, "
@@ -228,19 +227,28 @@ def episodes(results: Results) -> str:
         f"after some calls, {number(memory['loaded_mib'])} with {memory['streams']} streams open "
         f"({number(memory['kib_per_stream'])} KiB each), {number(memory['after_mib'])} "
         f"{number(memory['after_seconds'])} s after.",
-        f"- **Overload**: {number(over['calls_a_second'])} unary calls a second on a gateway with "
-        f"limits.in_flight {over['in_flight']}, for as long as a run, while 200 streams run. "
-        f"{number(over['served_a_second'])} calls a second were served; {refused:,} were refused "
-        f"({_statuses(over['status'])}), p50 {number(over['refused_ms']['p50'])} ms, p99 "
-        f"{number(over['refused_ms']['p99'])} ms after they were due; {over['missed']:,} more "
-        f"found every slot of the generator taken. The streams' tokens lagged p50/p99 "
-        f"{_pair(over['running_alone'])} ms alone and {_pair(over['running_pressed'])} ms then; "
-        f"{_statuses(over['running_pressed']['status'])}.",
+        *map(_flood, found["overload"]),
         f"- **Soak**: {number(soak['minutes'])} minutes, {soak['calls']:,} calls, {soak['failed']} "
         f"failed. Memory grew by {number(soak['growth_mib'])} MiB from the second third of the "
         f"time to the last.",
     ]
     return "\n".join(lines)
+
+
+def _flood(over: dict[str, Any]) -> str:
+    refused = sum(n for status, n in over["status"].items() if status != "OK")
+    return (
+        f"- **Overload**: {number(over['calls_a_second'])} unary calls a second on a gateway with "
+        f"limits.in_flight {over['in_flight']} and limits.pending {over['pending']}, for twice as "
+        f"long as a run, while 200 streams run. {number(over['served_a_second'])} calls a second "
+        f"were served, p50 {number(over['served_ms']['p50'])} ms after they were due; {refused:,} "
+        f"were refused ({_statuses(over['status'])}: CANCELLED is gRPC's word), p50 "
+        f"{number(over['refused_ms']['p50'])} ms, p99 {number(over['refused_ms']['p99'])} ms after "
+        f"they were due; {over['missed']:,} more found every slot of the generator taken. The "
+        f"streams' tokens lagged p50/p99 {_pair(over['running_alone'])} ms alone and "
+        f"{_pair(over['running_pressed'])} ms then; "
+        f"{_statuses(over['running_pressed']['status'])}."
+    )
 
 
 def _pair(running: dict[str, Any]) -> str:

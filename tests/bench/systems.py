@@ -43,7 +43,7 @@ CONFIG = """\
 listen: 127.0.0.1:{port}
 log: {{format: json, level: info}}
 admin: {{listen: "127.0.0.1:{admin}"}}
-limits: {{in_flight: {in_flight}}}
+limits: {{in_flight: {in_flight}, pending: {pending}}}
 drain: {{propagation: 0s, grace: 1s}}
 callers:
   bench:
@@ -66,6 +66,7 @@ upstreams:
 
 MANY = 10_000  # slots: more than any scenario has in flight
 DEFAULT = 1000  # limits.in_flight where nothing is configured
+PENDING = 1000  # limits.pending, likewise
 
 
 @contextlib.contextmanager
@@ -74,7 +75,13 @@ def tokenwire(mock: Mock, folder: Path, *, in_flight: int = MANY) -> Iterator[Sy
     port, admin = _free_port(), _free_port()
     config = folder / "tokenwire.yaml"
     config.write_text(
-        CONFIG.format(port=port, admin=admin, in_flight=in_flight, base_url=mock.base_url)
+        CONFIG.format(
+            port=port,
+            admin=admin,
+            in_flight=in_flight,
+            pending=PENDING if in_flight == DEFAULT else MANY,
+            base_url=mock.base_url,
+        )
     )
     environ = {"BENCH_TOKEN": TOKEN, "BENCH_KEYS": ",".join(KEYS)}
     command: list[str | Path] = [

@@ -81,7 +81,7 @@ async def test_every_scenario_in_miniature(built: None, tmp_path: Path) -> None:
     episodes = found["episodes"]
     assert episodes["start"]["seconds"][0] > 0
     assert episodes["memory"]["idle_mib"] > 10
-    assert episodes["overload"]["status"]["OK"] > 0
+    assert all(flood["status"]["OK"] > 0 for flood in episodes["overload"])
     assert episodes["soak"]["calls"] > 0
     assert episodes["soak"]["failed"] == 0
 

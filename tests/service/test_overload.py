@@ -7,17 +7,22 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
+import grpc
 import pytest
 from aiohttp import web
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from harness import (
+    Failure,
     Start,
     Stubs,
     chunk,
     completion,
     event_stream,
     failing,
+    failure_of,
     provider,
     raw_provider,
     receive,
@@ -220,3 +225,79 @@ async def test_a_loop_that_is_very_late_takes_no_new_calls_and_asks_no_upstream(
         assert goes_on.text == "".join(TEXTS)
         lag.seconds = 0.1
         assert (await gateway.chat.Chat(request())).choices
+
+
+# --- more calls than can begin -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["Chat", "StreamChat"])
+async def test_calls_that_come_faster_than_they_begin_are_refused_before_any_upstream_is_asked(
+    start: Start, method: str
+) -> None:
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        return await paced(asked) if (await asked.json()).get("stream") else completion()
+
+    async with provider(answer) as served:
+        gateway = await start(
+            upstream(served.base_url), limits=Limits(pending=1000, in_flight=10_000, loop_lag=60.0)
+        )
+        backlog = gateway.running.boundary.backlog
+        assert backlog is not None
+        calls: list[Any] = [
+            gateway.chat.Chat(request())
+            if method == "Chat"
+            else gateway.chat.StreamChat(stream_request(request()))
+            for _ in range(900)
+        ]
+        asked = health_pb2_grpc.HealthStub(gateway.channel).Check(health_pb2.HealthCheckRequest())
+        outcomes = await asyncio.gather(*map(outcome, calls))
+        assert (await asked).status == health_pb2.HealthCheckResponse.SERVING
+        refused = [each for each in outcomes if each is not None]
+        assert 100 < len(refused) < 800
+        for failure in refused:
+            assert failure.code.name == "UNAVAILABLE"
+            assert failure.reason == "GATEWAY_OVERLOADED"
+            assert failure.retry_seconds > 0
+            assert int(failure.pushback) > 0
+            assert failure.trailers["x-request-id"] == failure.metadata["requestId"]
+        assert backlog.refused == len(refused)
+        assert len(served.asked) == len(calls) - len(refused)
+        ended = [call for call in gateway.events.calls if call.method.endswith(method)]
+        assert len(ended) == len(calls)
+        assert sum(call.reason == "GATEWAY_OVERLOADED" for call in ended) == len(refused)
+        assert (await gateway.chat.Chat(request())).choices
+        await until(lambda: backlog.waiting == 0)
+
+
+async def outcome(call: Any) -> Failure | None:
+    """Why it failed; None where it did not."""
+    try:
+        if isinstance(call, grpc.aio.UnaryUnaryCall):
+            assert (await call).choices
+        else:
+            assert [event async for event in call][-1].HasField("trailer")
+    except grpc.aio.AioRpcError as error:
+        return failure_of(error)
+    return None
+
+
+async def test_who_gave_up_before_the_call_began_is_not_counted_for_ever(start: Start) -> None:
+    async def answer(_: web.Request) -> web.StreamResponse:
+        return completion()
+
+    async with provider(answer) as served:
+        gateway = await start(upstream(served.base_url))
+        backlog = gateway.running.boundary.backlog
+        assert backlog is not None
+        channel = gateway.channel
+        # Its message never comes, so that no handler sees it either.
+        open_ended = channel.stream_unary("/tokenwire.v1.ChatService/Chat")()
+        given_up = [gateway.chat.Chat(request(), timeout=0.01) for _ in range(50)]
+        time.sleep(0.1)  # the loop, and with it the gateway, does not run
+        assert len([failure for call in given_up if (failure := await outcome(call))]) > 0
+        await until(lambda: backlog.waiting == 0)
+        open_ended.cancel()
+        assert (await gateway.chat.Chat(request())).choices
+        await until(lambda: backlog.waiting == 0)
+        assert backlog.refused == 0
+        await until(lambda: backlog.running == 0)

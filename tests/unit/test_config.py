@@ -393,8 +393,8 @@ MALFORMED: dict[str, tuple[str, list[str]]] = {
             f"2: limit: got an unknown key, expected one of {FIELDS} (did you mean limits?)",
             f"3: zzz: got an unknown key, expected one of {FIELDS}",
             "4: limits.in_flght: got an unknown key, expected one of message_bytes, in_flight, "
-            "loop_lag, queue, batch_items_at_once, tokenizer_bytes, upstream_answer_bytes, "
-            "upstream_event_bytes (did you mean in_flight?)",
+            "loop_lag, pending, queue, batch_items_at_once, tokenizer_bytes, "
+            "upstream_answer_bytes, upstream_event_bytes (did you mean in_flight?)",
         ],
     ),
     "an admin port that others could reach": (

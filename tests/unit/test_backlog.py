@@ -1,0 +1,188 @@
+"""Which calls are refused follows how many wait in gRPC's core."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from typing import Any
+
+import grpc
+import pytest
+
+from tokenwire_service.backlog import (
+    CALM,
+    FEW,
+    INTERVAL,
+    KEPT,
+    SERVED,
+    Backlog,
+    calls_in_core,
+    newest_server,
+)
+from tokenwire_service.looplag import LoopLag
+
+MOST = 500
+
+
+class Core:
+    """What gRPC's core has: calls that wait, and those that were handed over."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.waiting = self.running = self.looks = 0
+        self.lag = LoopLag(lambda: self.now)
+        self.backlog = Backlog(self._count, MOST, self.lag, lambda: self.now)
+
+    def _count(self) -> int:
+        self.looks += 1
+        return self.waiting + self.running
+
+    def hand_over(self, apart: float) -> bool:
+        """The next call begins so many seconds after the one before, or it is refused: False."""
+        self.now += apart
+        self.waiting = max(0, self.waiting - 1)
+        self.running += 1
+        if self.backlog.begins():
+            return True
+        self.running -= 1
+        self.backlog.ended()
+        return False
+
+
+def test_while_few_calls_begin_nobody_looks() -> None:
+    core = Core()
+    assert all(core.hand_over(INTERVAL / (FEW - 2)) for _ in range(100))
+    assert core.looks == 0
+
+
+def test_a_loop_that_is_late_is_looked_at_though_few_calls_begin() -> None:
+    core = Core()
+    core.lag.hold = 0.1
+    core.waiting = MOST + 10
+    assert not all(core.hand_over(INTERVAL) for _ in range(3))
+
+
+def test_what_runs_does_not_wait_whatever_there_is_of_it() -> None:
+    core = Core()
+    assert all(core.hand_over(0.001) for _ in range(10 * MOST))
+    assert core.looks > 10
+    assert core.backlog.waiting == 0
+
+
+def test_a_burst_may_wait() -> None:
+    core = Core()
+    core.waiting = MOST
+    assert all(core.hand_over(0.002) for _ in range(MOST))
+    assert core.looks > 10
+
+
+def test_where_too_many_wait_some_are_kept_and_some_served() -> None:
+    core = Core()
+    core.waiting = 4 * MOST
+    served = [core.hand_over(0.001) for _ in range(4 * MOST)]
+    refused_at = [n for n, each in enumerate(served) if not each]
+    assert refused_at[0] < 2 * INTERVAL / 0.001
+    during = served[refused_at[0] : refused_at[-1]]
+    assert during.count(True) == pytest.approx(len(during) / SERVED, rel=0.1)
+    assert 4 * MOST - refused_at[-1] == pytest.approx(KEPT, abs=INTERVAL / 0.001)
+    assert core.backlog.refused == len(refused_at)
+
+
+def test_during_overload_the_backlog_stays_short_and_after_it_a_burst_may_wait_again() -> None:
+    core = Core()
+    core.waiting = 2 * MOST
+    while core.waiting > KEPT:
+        core.hand_over(0.001)
+    core.waiting += MOST - KEPT  # no more than may wait at other times
+    assert not all(core.hand_over(0.001) for _ in range(MOST - 1))
+    core.waiting = 0
+    core.now += 2 * CALM
+    core.waiting = MOST
+    assert all(core.hand_over(0.002) for _ in range(MOST))
+
+
+def test_nobody_is_refused_in_place_of_those_who_have_left_meanwhile() -> None:
+    core = Core()
+    core.waiting = 4 * MOST
+    while core.hand_over(0.001):
+        pass
+    core.waiting = 0
+    core.now += INTERVAL
+    assert all(core.hand_over(0.001) for _ in range(50))
+
+
+@pytest.mark.parametrize("rate", [500, 900, 1500, 2500])
+@pytest.mark.parametrize("seed", range(5))
+def test_overload_is_served_as_well_as_there_is_time_for_and_no_other_call_refused(
+    rate: int, seed: int
+) -> None:
+    """`rate` calls a second come, each of which takes a millisecond, or a third if refused; gRPC
+    cuts off those that come when twice as many wait as are the most."""
+    chance, core = random.Random(seed), Core()
+    came: deque[float] = deque()
+    waits: list[float] = []
+    next_at, served = 0.0, 0
+    while core.now < 20:
+        while next_at <= core.now:
+            if len(came) < 2 * MOST:
+                came.append(next_at)
+            next_at += chance.expovariate(rate)
+        if not came:
+            core.now = next_at
+            continue
+        waits.append(core.now - came.popleft())
+        core.waiting = len(came) + 1
+        if core.hand_over(0):
+            served += 1
+            core.now += 0.001
+            core.running -= 1
+            core.backlog.ended()
+        else:
+            core.now += 0.00033
+    once_known = max(waits[len(waits) // 2 :])  # how long a call waited
+    if rate < 1000:
+        assert core.backlog.refused == 0
+    elif rate < 2000:
+        assert served / 20 > 0.9 * (1 - 0.00033 * rate) / (0.001 - 0.00033)
+        assert once_known < 0.2
+    else:  # more than there is time to refuse
+        assert served / 20 > 0.9 * 1 / (0.001 + (SERVED - 1) * 0.00033)
+        assert once_known < 0.6
+
+
+# --- the real core -----------------------------------------------------------------------
+
+
+async def test_the_newest_server_is_found_and_its_calls_are_counted() -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def answer(request: bytes, _: object) -> bytes:
+        begun.set()
+        await go_on.wait()
+        return request
+
+    class Handler(grpc.GenericRpcHandler):
+        def service(self, _: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+            return grpc.unary_unary_rpc_method_handler(answer)
+
+    others = [grpc.aio.server()]
+    server = grpc.aio.server()
+    server_id = newest_server()
+    others.append(grpc.aio.server())
+    assert newest_server() > server_id
+    server.add_generic_rpc_handlers((Handler(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    assert calls_in_core(server_id) == 0
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        method: Any = channel.unary_unary("/any/Method")
+        call = method(b"")
+        await begun.wait()
+        assert calls_in_core(server_id) == 1
+        go_on.set()
+        await call
+        while calls_in_core(server_id):  # there is no event to wait for
+            await asyncio.sleep(0.001)
+    for each in (server, *others):
+        await each.stop(0)
