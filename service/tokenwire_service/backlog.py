@@ -2,12 +2,14 @@
 
 grpc.aio takes one call at a time, in some six turns of the event loop, whatever waits behind it:
 calls that come faster than they can begin are seen neither by slots nor by the loop's lag. The core
-counts calls as they come (channelz). What it has handed over is counted here; the rest waits.
+counts calls as they come (channelz). What it has handed over is counted here; of the rest waits
+what came since nothing waited: some calls never end for the core (those that it cut off, those
+whose headers never came whole), and between two calls that come apart nothing waits.
 
 A burst may wait. Where more wait than `most`, that is overload: from then on only KEPT may wait,
-until no more come than can be served. Those in front are refused, since they are the ones at hand,
-but for one of SERVED: a refusal takes a third of what serving takes, so that who only refuses may
-have no time left to serve.
+until for CALM nobody had to be refused. Those in front are refused, since they are the ones at
+hand, but for one of SERVED: a refusal takes a third of what serving takes, so that who only refuses
+may have no time left to serve.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Callable
 
 from grpc_channelz.v1 import channelz, channelz_pb2
 
-from tokenwire_service.looplag import LoopLag
+from tokenwire_service.looplag import IN_TIME, LoopLag
 
 INTERVAL = 0.05  # seconds between two looks, each of which takes some 0.25 ms
 FEW = 8  # calls in an interval: where fewer begin, and the loop is in time, none wait
@@ -24,6 +26,10 @@ INTERVAL_OVERLOADED = 0.02  # seconds
 KEPT = 64  # calls that may wait during overload: a tenth of a second's work
 SERVED = 4  # of so many calls in front one is served even so
 CALM = 1.0  # seconds without a refusal until overload is over
+# Seconds between two calls, and loop's lags on top, from which on nothing waited: one that waits is
+# handed over at each sixth turn. Too short it would hide some that wait, until they have begun.
+APART, LAGS_APART = 0.02, 20
+CERTAIN = 0.5  # seconds for which it need not be looked again what waits when nothing does
 
 
 class Backlog:
@@ -38,31 +44,43 @@ class Backlog:
         self._lag = lag
         self._now = now
         self.running = 0  # calls that were handed over and have not ended
-        self._since, self._begun = now(), 0  # this interval, and how many calls began in it
-        self._overloaded_until = self._since
-        self._refuse = 0  # how many of the next are refused
+        self._stray = 0  # calls that the core counts though they neither run nor wait
+        self._stray_at = self._last = self._since = self._overloaded_until = now()
+        self._begun = 0  # calls since `_since`
+        self._too_many = 0  # calls that wait, of which three in four are refused
+        self._turn = 0  # of SERVED
         self.refused = 0  # calls, since the start
 
     @property
     def waiting(self) -> int:
         """Calls that have come and are not handed over. Takes 0.25 ms."""
-        return max(0, self._in_core() - self.running)
+        others = self._in_core() - self.running
+        self._stray = max(0, min(self._stray, others))
+        return max(0, others - self._stray)
 
-    def begins(self) -> bool:
+    def begins(self, *, refusable: bool = True) -> bool:
         """Counts a call that is handed over, to be given to `ended`. False: it is refused."""
         self.running += 1
         self._begun += 1
         now = self._now()
         overloaded = now < self._overloaded_until
+        apart, self._last = now - self._last, now
+        if apart > APART + LAGS_APART * self._lag.newest and (
+            overloaded or now - self._stray_at > CERTAIN
+        ):
+            self._stray = self._in_core() - self.running
+            self._stray_at = self._since = now
+            self._begun = self._too_many = 0
         if now - self._since >= (INTERVAL_OVERLOADED if overloaded else INTERVAL):
-            self._refuse = 0  # who waited may have left
-            if overloaded or self._begun >= FEW or self._lag.hold:
+            self._too_many = 0  # who waited may have left
+            if overloaded or self._begun >= FEW or self._lag.seconds > IN_TIME:
                 self._look(now)
             self._since, self._begun = now, 0
-        if not self._refuse:
+        if not self._too_many or not refusable:
             return True
-        self._refuse -= 1
-        if self._refuse % SERVED == 0:
+        self._too_many -= 1
+        self._turn = (self._turn + 1) % SERVED
+        if self._turn == 0:
             return True
         self.refused += 1
         return False
@@ -71,7 +89,7 @@ class Backlog:
         waiting = self.waiting
         overloaded = now < self._overloaded_until or waiting > self._most
         if overloaded and waiting > KEPT:
-            self._refuse = waiting - KEPT
+            self._too_many = waiting - KEPT
             self._overloaded_until = now + CALM
 
     def ended(self) -> None:
@@ -79,22 +97,26 @@ class Backlog:
         self.running -= 1
 
 
-def newest_server() -> int:
-    """The channelz id of the server that was made last in this process."""
-    newest, end = 0, False
+def servers() -> frozenset[int]:
+    """The channelz ids of this process's servers. A server has none until it is listed here: which
+    is which is known only of one that was made between two lists."""
+    found: set[int] = set()
+    end = False
     while not end:
-        request = channelz_pb2.GetServersRequest(start_server_id=newest + 1)
+        request = channelz_pb2.GetServersRequest(start_server_id=max(found, default=0) + 1)
         listed = channelz.ChannelzServicer.GetServers(request, None)
-        newest, end = (
-            max((each.ref.server_id for each in listed.server), default=newest),
-            listed.end,
-        )
-    return newest
+        found.update(each.ref.server_id for each in listed.server)
+        end = listed.end
+    return frozenset(found)
 
 
 def calls_in_core(server_id: int) -> int:
     """Calls that a server has begun to read and not ended, by channelz. A call that its caller
-    gave up while it waited is among them until its turn comes."""
+    gave up while it waited is among them until its turn comes; one that the core cut off, for ever.
+    """
     request = channelz_pb2.GetServerRequest(server_id=server_id)
-    calls = channelz.ChannelzServicer.GetServer(request, None).server.data
+    try:
+        calls = channelz.ChannelzServicer.GetServer(request, None).server.data
+    except AttributeError:  # the server has stopped, which it tells a context that is not there
+        return 0
     return int(calls.calls_started - calls.calls_succeeded - calls.calls_failed)

@@ -177,11 +177,10 @@ class Boundary(grpc.aio.ServerInterceptor):
         """The wrapped handler, of each method one: servicers are never added later. Where too many
         calls wait behind this one, a handler that refuses it unread."""
         method = handler_call_details.method
-        if not self._begins() and method not in OPEN_RPCS:
-            return self._refusing(method)
         known = self._handlers.get(method)
+        begins = self._begins(refusable=known is not None)
         if known is not None:
-            return known
+            return known if begins else self._refusing(method)
         handler = await continuation(handler_call_details)
         if handler is None or method in OPEN_RPCS:
             return handler
@@ -198,13 +197,13 @@ class Boundary(grpc.aio.ServerInterceptor):
             )
         return self._handlers.setdefault(method, wrapped)
 
-    def _begins(self) -> bool:
+    def _begins(self, *, refusable: bool) -> bool:
         backlog, task = self.backlog, asyncio.current_task()
         if backlog is None or task is None:
             return True
         # grpc.aio's own for this call, to its end: those that never come to a handler end, too.
         task.add_done_callback(lambda _: backlog.ended())
-        return backlog.begins()
+        return backlog.begins(refusable=refusable)
 
     def _wrap(self, handler: Handler, read: Read, method: str) -> Handler:
         # Any: grpc types handlers as sync ones, or as generators.

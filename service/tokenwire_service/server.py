@@ -29,7 +29,7 @@ from tokenwire.v1 import (
 )
 from tokenwire_service import keyfiles, reload, sharing
 from tokenwire_service.admin import AdminServicer
-from tokenwire_service.backlog import Backlog, calls_in_core, newest_server
+from tokenwire_service.backlog import Backlog, calls_in_core, servers
 from tokenwire_service.certificates import Certificates
 from tokenwire_service.config import Config
 from tokenwire_service.counters import Counters
@@ -184,6 +184,7 @@ async def serving(
             tracer=None if otlp is None else otlp.tracer,
             backlog=backlog,
         )
+        before = servers()
         server = grpc.aio.server(
             interceptors=(boundary,),
             options=(
@@ -195,7 +196,7 @@ async def serving(
                 ("grpc.max_send_message_length", config.limits.message_bytes),
             ),
         )
-        server_id = newest_server()
+        server_id = max(servers() - before)
         served: Any = _Generic(server)
         # The boundary hands the servicers its own CallContext, which their types say.
         chat_service_pb2_grpc.add_ChatServiceServicer_to_server(

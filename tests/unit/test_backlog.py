@@ -10,15 +10,17 @@ from typing import Any
 import grpc
 import pytest
 
+from harness import until
 from tokenwire_service.backlog import (
     CALM,
+    CERTAIN,
     FEW,
     INTERVAL,
     KEPT,
     SERVED,
     Backlog,
     calls_in_core,
-    newest_server,
+    servers,
 )
 from tokenwire_service.looplag import LoopLag
 
@@ -26,24 +28,25 @@ MOST = 500
 
 
 class Core:
-    """What gRPC's core has: calls that wait, and those that were handed over."""
+    """What gRPC's core has: calls that wait, those that were handed over, and those that are
+    counted for ever."""
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.waiting = self.running = self.looks = 0
+        self.waiting = self.running = self.stray = self.looks = 0
         self.lag = LoopLag(lambda: self.now)
         self.backlog = Backlog(self._count, MOST, self.lag, lambda: self.now)
 
     def _count(self) -> int:
         self.looks += 1
-        return self.waiting + self.running
+        return self.waiting + self.running + self.stray
 
-    def hand_over(self, apart: float) -> bool:
+    def hand_over(self, apart: float, *, refusable: bool = True) -> bool:
         """The next call begins so many seconds after the one before, or it is refused: False."""
         self.now += apart
         self.waiting = max(0, self.waiting - 1)
         self.running += 1
-        if self.backlog.begins():
+        if self.backlog.begins(refusable=refusable):
             return True
         self.running -= 1
         self.backlog.ended()
@@ -54,13 +57,49 @@ def test_while_few_calls_begin_nobody_looks() -> None:
     core = Core()
     assert all(core.hand_over(INTERVAL / (FEW - 2)) for _ in range(100))
     assert core.looks == 0
+    assert all(core.hand_over(CERTAIN + 1) for _ in range(10))
+    assert core.looks == 10
 
 
 def test_a_loop_that_is_late_is_looked_at_though_few_calls_begin() -> None:
     core = Core()
-    core.lag.hold = 0.1
-    core.waiting = MOST + 10
-    assert not all(core.hand_over(INTERVAL) for _ in range(3))
+    core.lag.seconds = 0.01
+    core.waiting = MOST + 100
+    assert not all(core.hand_over(INTERVAL) for _ in range(8))
+
+
+def test_what_is_open_to_all_is_never_refused() -> None:
+    core = Core()
+    core.waiting = 4 * MOST
+    assert all(core.hand_over(0.001, refusable=False) for _ in range(2 * MOST))
+    assert core.backlog.refused == 0
+
+
+def test_calls_that_the_core_counts_for_ever_get_nobody_refused() -> None:
+    """As those that it cut off itself, by thousands."""
+    core = Core()
+    core.hand_over(1.0)
+    core.waiting, core.stray = 2 * MOST, 10 * MOST
+    while core.waiting:
+        core.hand_over(0.001)
+    assert core.backlog.refused > MOST
+    served = [core.hand_over(0.03) for _ in range(1000)]
+    assert all(served), "the first call that comes apart shows that nothing waits"
+    core.stray += 3 * MOST  # and more of them, little by little
+    assert all(core.hand_over(0.03) for _ in range(1000))
+
+
+def test_a_burst_in_the_moment_at_which_nothing_should_wait_hides_it_no_longer_than_it_lasts() -> (
+    None
+):
+    core = Core()
+    core.waiting = MOST
+    core.hand_over(10.0)  # nothing waited, so all that is there is taken for strays
+    assert core.backlog.waiting == 0
+    for _ in range(MOST):
+        core.hand_over(0.001)
+    core.waiting = 3 * MOST
+    assert not all(core.hand_over(0.001) for _ in range(MOST))
 
 
 def test_what_runs_does_not_wait_whatever_there_is_of_it() -> None:
@@ -154,7 +193,7 @@ def test_overload_is_served_as_well_as_there_is_time_for_and_no_other_call_refus
 # --- the real core -----------------------------------------------------------------------
 
 
-async def test_the_newest_server_is_found_and_its_calls_are_counted() -> None:
+async def test_a_server_is_found_among_others_and_its_calls_are_counted() -> None:
     begun, go_on = asyncio.Event(), asyncio.Event()
 
     async def answer(request: bytes, _: object) -> bytes:
@@ -167,10 +206,10 @@ async def test_the_newest_server_is_found_and_its_calls_are_counted() -> None:
             return grpc.unary_unary_rpc_method_handler(answer)
 
     others = [grpc.aio.server()]
+    before = servers()
     server = grpc.aio.server()
-    server_id = newest_server()
+    (server_id,) = servers() - before
     others.append(grpc.aio.server())
-    assert newest_server() > server_id
     server.add_generic_rpc_handlers((Handler(),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -179,10 +218,11 @@ async def test_the_newest_server_is_found_and_its_calls_are_counted() -> None:
         method: Any = channel.unary_unary("/any/Method")
         call = method(b"")
         await begun.wait()
-        assert calls_in_core(server_id) == 1
+        await until(lambda: calls_in_core(server_id) == 1)
         go_on.set()
         await call
-        while calls_in_core(server_id):  # there is no event to wait for
-            await asyncio.sleep(0.001)
+        await until(lambda: calls_in_core(server_id) == 0)
     for each in (server, *others):
         await each.stop(0)
+    del server, each
+    assert calls_in_core(server_id) == 0, "though there is no such server any more"
