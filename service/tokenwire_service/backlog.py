@@ -4,7 +4,7 @@ grpc.aio takes one call at a time, in some six turns of the event loop, whatever
 calls that come faster than they can begin are seen neither by slots nor by the loop's lag. The core
 counts calls as they come (channelz). What it has handed over is counted here; of the rest waits
 what came since nothing waited: some calls never end for the core (those that it cut off, those
-whose headers never came whole), and between two calls that come apart nothing waits.
+whose headers never came whole), and while there is processor time to spare nothing waits.
 
 A burst may wait. Where more wait than `most`, that is overload: from then on only KEPT may wait,
 until for CALM nobody had to be refused. Those in front are refused, since they are the ones at
@@ -26,26 +26,34 @@ INTERVAL_OVERLOADED = 0.02  # seconds
 KEPT = 64  # calls that may wait during overload: a tenth of a second's work
 SERVED = 4  # of so many calls in front one is served even so
 CALM = 1.0  # seconds without a refusal until overload is over
-# Seconds between two calls, and loop's lags on top, from which on nothing waited: one that waits is
-# handed over at each sixth turn. Too short it would hide some that wait, until they have begun.
-APART, LAGS_APART = 0.02, 20
-CERTAIN = 0.5  # seconds for which it need not be looked again what waits when nothing does
+# Share of an interval for which the process ran: below it, and with the loop in time (else others
+# have the processor), the loop had nothing to do for a while. In a flood it is 0.98. Taken wrongly
+# it hides calls that wait, but only until they have begun.
+BUSY = 0.85
 
 
 class Backlog:
     """Counts the calls of one server. `in_core`: those that it has begun to read and not ended.
-    `most`: calls that may wait. `now`: monotonic seconds."""
+    `most`: calls that may wait. `now`: monotonic seconds. `ran`: seconds that the process has run,
+    on all processors together."""
 
     def __init__(
-        self, in_core: Callable[[], int], most: int, lag: LoopLag, now: Callable[[], float]
+        self,
+        in_core: Callable[[], int],
+        most: int,
+        lag: LoopLag,
+        now: Callable[[], float],
+        ran: Callable[[], float],
     ) -> None:
         self._in_core = in_core
         self._most = most
         self._lag = lag
         self._now = now
+        self.ran = ran
         self.running = 0  # calls that were handed over and have not ended
         self._stray = 0  # calls that the core counts though they neither run nor wait
-        self._stray_at = self._last = self._since = self._overloaded_until = now()
+        self._since = self._overloaded_until = now()
+        self._ran_since = ran()
         self._begun = 0  # calls since `_since`
         self._too_many = 0  # calls that wait, of which three in four are refused
         self._turn = 0  # of SERVED
@@ -64,18 +72,11 @@ class Backlog:
         self._begun += 1
         now = self._now()
         overloaded = now < self._overloaded_until
-        apart, self._last = now - self._last, now
-        if apart > APART + LAGS_APART * self._lag.newest and (
-            overloaded or now - self._stray_at > CERTAIN
-        ):
-            self._stray = self._in_core() - self.running
-            self._stray_at = self._since = now
-            self._begun = self._too_many = 0
         if now - self._since >= (INTERVAL_OVERLOADED if overloaded else INTERVAL):
             self._too_many = 0  # who waited may have left
             if overloaded or self._begun >= FEW or self._lag.seconds > IN_TIME:
                 self._look(now)
-            self._since, self._begun = now, 0
+            self._since, self._ran_since, self._begun = now, self.ran(), 0
         if not self._too_many or not refusable:
             return True
         self._too_many -= 1
@@ -86,6 +87,10 @@ class Backlog:
         return False
 
     def _look(self, now: float) -> None:
+        ran, took = self.ran() - self._ran_since, now - self._since
+        if ran < BUSY * took and self._lag.seconds < IN_TIME:
+            self._stray = self._in_core() - self.running
+            return
         waiting = self.waiting
         overloaded = now < self._overloaded_until or waiting > self._most
         if overloaded and waiting > KEPT:

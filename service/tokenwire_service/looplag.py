@@ -21,13 +21,12 @@ _NEWEST = 0.2  # share of the newest look in the average: one long turn is no ov
 
 
 class LoopLag:
-    """`newest`: how late the loop was at the last look, in seconds; `seconds`: on average over the
-    last looks. `hold`: seconds that streams rest after a message, 0 while the loop keeps up. `now`:
-    monotonic seconds."""
+    """`seconds`: how late the loop is, on average over the last looks. `hold`: seconds that streams
+    rest after a message, 0 while the loop keeps up. `now`: monotonic seconds."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
-        self.newest = self.seconds = 0.0
+        self.seconds = 0.0
         self.hold = 0.0
         self._due = 0.0
         self._handle: asyncio.TimerHandle | None = None
@@ -49,7 +48,6 @@ class LoopLag:
 
     def measured(self, late: float) -> None:
         """The loop ran something so many seconds after its time."""
-        self.newest = late
         self.seconds += (late - self.seconds) * _NEWEST
         if late > LATE:
             self.hold = min(HOLD_CAP, max(FIRST_HOLD, self.hold * GROWTH))

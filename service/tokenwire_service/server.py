@@ -175,7 +175,9 @@ async def serving(
         gateway = live.gateway
         revision = Revision()
         pending = config.limits.pending
-        backlog = Backlog(lambda: calls_in_core(server_id), pending // 2, lag, time.monotonic)
+        backlog = Backlog(
+            lambda: calls_in_core(server_id), pending // 2, lag, time.monotonic, time.process_time
+        )
         boundary = Boundary(
             observer,
             logger,
