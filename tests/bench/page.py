@@ -236,17 +236,17 @@ def episodes(results: Results) -> str:
 
 
 def _flood(over: dict[str, Any]) -> str:
-    refused = sum(n for status, n in over["status"].items() if status != "OK")
+    refused = {status: n for status, n in over["status"].items() if status != "OK"}
     return (
         f"- **Overload**: {number(over['calls_a_second'])} unary calls a second on a gateway with "
         f"limits.in_flight {over['in_flight']} and limits.pending {over['pending']}, for twice as "
         f"long as a run, while 200 streams run. {number(over['served_a_second'])} calls a second "
-        f"were served, p50 {number(over['served_ms']['p50'])} ms after they were due; {refused:,} "
-        f"were refused ({_statuses(over['status'])}: CANCELLED is gRPC's word), p50 "
-        f"{number(over['refused_ms']['p50'])} ms, p99 {number(over['refused_ms']['p99'])} ms after "
-        f"they were due; {over['missed']:,} more found every slot of the generator taken. The "
-        f"streams' tokens lagged p50/p99 {_pair(over['running_alone'])} ms alone and "
-        f"{_pair(over['running_pressed'])} ms then; "
+        f"were served, p50 {number(over['served_ms']['p50'])} ms after they were due; "
+        f"{_statuses(refused) or 'none'} were refused (UNAVAILABLE by the gateway, CANCELLED by "
+        f"gRPC), p50 {number(over['refused_ms']['p50'])} ms, p99 "
+        f"{number(over['refused_ms']['p99'])} ms after they were due; {over['missed']:,} more found "
+        f"every slot of the generator taken. The streams' tokens lagged p50/p99 "
+        f"{_pair(over['running_alone'])} ms alone and {_pair(over['running_pressed'])} ms then; "
         f"{_statuses(over['running_pressed']['status'])}."
     )
 
