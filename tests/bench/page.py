@@ -244,8 +244,8 @@ def _flood(over: dict[str, Any]) -> str:
         f"were served, p50 {number(over['served_ms']['p50'])} ms after they were due; "
         f"{_statuses(refused) or 'none'} were refused (UNAVAILABLE by the gateway, CANCELLED by "
         f"gRPC), p50 {number(over['refused_ms']['p50'])} ms, p99 "
-        f"{number(over['refused_ms']['p99'])} ms after they were due; {over['missed']:,} more found "
-        f"every slot of the generator taken. The streams' tokens lagged p50/p99 "
+        f"{number(over['refused_ms']['p99'])} ms after they were due; {over['missed']:,} more "
+        f"found every slot of the generator taken. The streams' tokens lagged p50/p99 "
         f"{_pair(over['running_alone'])} ms alone and {_pair(over['running_pressed'])} ms then; "
         f"{_statuses(over['running_pressed']['status'])}."
     )
