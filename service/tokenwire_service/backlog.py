@@ -62,9 +62,7 @@ class Backlog:
     @property
     def waiting(self) -> int:
         """Calls that have come and are not handed over. Takes 0.25 ms."""
-        others = self._in_core() - self.running
-        self._stray = max(0, min(self._stray, others))
-        return max(0, others - self._stray)
+        return max(0, self._in_core() - self.running - self._stray)
 
     def begins(self, *, refusable: bool = True) -> bool:
         """Counts a call that is handed over, to be given to `ended`. False: it is refused."""
@@ -88,10 +86,12 @@ class Backlog:
 
     def _look(self, now: float) -> None:
         ran, took = self.ran() - self._ran_since, now - self._since
+        others = self._in_core() - self.running
         if ran < BUSY * took and self._lag.seconds < IN_TIME:
-            self._stray = self._in_core() - self.running
+            self._stray = others
             return
-        waiting = self.waiting
+        self._stray = max(0, min(self._stray, others))
+        waiting = max(0, others - self._stray)
         overloaded = now < self._overloaded_until or waiting > self._most
         if overloaded and waiting > KEPT:
             self._too_many = waiting - KEPT
