@@ -260,6 +260,7 @@ def _statuses(status: dict[str, int]) -> str:
 
 
 METHOD = """\
+The gateway's limits.in_flight and limits.pending are 10,000, but where overload is measured.
 The system under test has core 0 alone; the mock upstream and the load generator, both in Go
 (tests/bench/go), have the last core. CPU is user and system time of the system's whole process
 tree, read from /proc before and after each run, set-up and end of its calls included, per
