@@ -6,11 +6,7 @@ import pytest
 import sentencepiece
 import trustme
 
-from tokenwire_service.config import (
-    Config,
-    ConfigError,
-    load,
-)
+from tokenwire_service.config import Config, ConfigError, load
 
 ENVIRON = {"K": "value-of-k"}
 UPSTREAM = "upstreams: {u: {base_url: 'http://u/v1', keys: [{env: K}]}}\n"
@@ -40,10 +36,10 @@ def make_certificates(folder: Path) -> None:
     leaf.private_key_pem.write_to_path(folder / "tls.key")
 
 
-def write_tokenizer() -> None:
-    """A small models/tokenizer.model."""
-    Path("models").mkdir()
-    with Path("models/tokenizer.model").open("wb") as model:
+def write_tokenizer(path: Path = Path("models/tokenizer.model")) -> None:
+    """A small one of sentencepiece."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("wb") as model:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(["a b c d e f g"] * 20),
             model_writer=model,

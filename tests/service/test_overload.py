@@ -286,7 +286,7 @@ async def outcome(call: Any) -> Failure | None:
 # Calls that give up before they begin, then more than may wait; says what became of each, and ends
 # when the others have ended, too.
 _CALLERS = """
-import collections, sys, time
+import sys, time
 import grpc
 channel = grpc.insecure_channel(sys.argv[1])
 grpc.channel_ready_future(channel).result()

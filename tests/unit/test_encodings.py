@@ -14,6 +14,7 @@ from typing import NoReturn, get_args
 import pytest
 import sentencepiece
 import tiktoken_ext.openai_public
+from configured import write_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -302,15 +303,7 @@ def test_a_sentencepiece_model_counts_as_its_library_does(model_file: Path) -> N
 
 def test_pieces_without_text_have_no_bytes(tmp_path: Path) -> None:
     path = tmp_path / "m"
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a b c d e f g"] * 20),
-        model_writer=model,
-        vocab_size=12,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    path.write_bytes(model.getvalue())
+    write_tokenizer(path)
     loaded = encodings.load_sentencepiece(path)
     assert loaded.pieces([0, 1, 2]) == [b"", b"", b""]  # unknown, begin, end
     assert 0 in ids_of(loaded, "好")
