@@ -165,6 +165,7 @@ class Attempts:
                 self._succeeded(call, attempt)
                 return answer
             except UpstreamFault as fault:
+                fault.__traceback__ = None  # its frames know the plan, which keeps the fault
                 scrub = self._scrubber(pool, lease)
                 fault.message = scrub(fault.message)
                 fault.code = printable(scrub(fault.code))[:64]

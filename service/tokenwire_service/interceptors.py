@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -220,7 +220,9 @@ class Boundary(grpc.aio.ServerInterceptor):
                 if message is not None:  # streams have written theirs
                     answer = call.pack(message)
             except GatewayError as failure:
-                error = failure
+                # Without the frames that it came through, of which this is one: in a cycle all
+                # would stay until the collector runs.
+                error = failure.with_traceback(None)
             except asyncio.CancelledError:
                 if callers_cancel():
                     self._gone(call, method)
@@ -231,10 +233,23 @@ class Boundary(grpc.aio.ServerInterceptor):
                 raise
             except BaseException:  # noqa: BLE001  # any other, too, would leave the caller without a status
                 error = self._defect(call, method)
-            if error is not None:
-                await self._fail(call, method, context, error)
-            self._ended(call, method, "OK", "", "")
-            return answer
+            if error is None:
+                self._ended(call, method, "OK", "", "")
+                return answer
+            if error.reason == error_reason_pb2.ERROR_REASON_CANCELLED:
+                self._gone(call, method)
+                raise asyncio.CancelledError
+            status, details = _CODES[error.code], printable(error.message)
+            self._ended(call, method, status.name, error.reason_name, error.message)
+            # Not set_code: a unary call would get an empty message first, and clients retry none
+            # that has begun to answer. gRPC keeps what an abort raises, with this frame: were the
+            # call still known here, that would be a cycle.
+            ending = context.abort(status, details, trailers(error, call.request_id))
+            del request, context, call, metadata
+            try:
+                await ending
+            except (grpc.aio.InternalError, grpc.aio.UsageError):
+                raise asyncio.CancelledError from None  # nobody is there to hear it
 
         return wrapped
 
@@ -252,7 +267,8 @@ class Boundary(grpc.aio.ServerInterceptor):
 
         async def refuse(_requests: Any, context: Context) -> None:
             call = self._call(method, context, tuple(context.invocation_metadata() or ()))
-            # An abort, which raises, would take half as long again.
+            # An abort, which raises, would take half as long again. Nothing is sent before this
+            # status: clients may retry.
             context.set_code(status)
             context.set_details(error.message)
             context.set_trailing_metadata(trailers(error, call.request_id))
@@ -266,28 +282,18 @@ class Boundary(grpc.aio.ServerInterceptor):
         call = CallContext(context, request_id, self._now(), self._max_message_bytes)
         if self._tracer is not None:
             call.span = self._tracer.call(method.removeprefix("/"), metadata)
-        self._began(context)
+        self._began()
         return call
 
-    async def _fail(
-        self, call: CallContext, method: str, context: Context, error: GatewayError
-    ) -> NoReturn:
-        if error.reason == error_reason_pb2.ERROR_REASON_CANCELLED:
-            self._gone(call, method)
-            raise asyncio.CancelledError
-        status = _CODES[error.code]
-        self._ended(call, method, status.name, error.reason_name, error.message)
-        try:
-            await context.abort(status, printable(error.message), trailers(error, call.request_id))
-        except (grpc.aio.InternalError, grpc.aio.UsageError):
-            raise asyncio.CancelledError from None  # nobody is there to hear it
-
-    def _began(self, context: Context) -> None:
+    def _began(self) -> None:
         self._number += 1
         number = self._number
         self._running.add(number)
-        # The stubs want their own class.
-        context.add_done_callback(lambda _: self._done(number))  # type: ignore[arg-type]
+        # grpc.aio's task of this call, whose end its status has been sent before. A callback of
+        # the context would hold that, and it the callback, until the collector finds both.
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(lambda _: self._done(number))
 
     def _done(self, number: int) -> None:
         self._running.discard(number)

@@ -150,7 +150,8 @@ class ChatServicer:
                 answer.response.CopyFrom(await gateway.chat(call))
             context.pack(answer)
         except GatewayError as error:
-            error = _under(f"items[{index}].chat.", error)
+            # Without the frames that it came through, some of which know it.
+            error = _under(f"items[{index}].chat.", error).with_traceback(None)
             answer.error.CopyFrom(rpc_status(error, context.request_id))
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
