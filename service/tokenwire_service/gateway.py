@@ -293,9 +293,12 @@ class Gateway:
                         # What waits on a probe waits no more.
                         self._attempts.accepted(attempt)
                         plan.pool.look()
+                    hold = self.lag.hold
+                    if hold:
+                        answer.pause(hold)
                     await sink.send(stops.apply(events), answer.pieces)
-                    if self.lag.hold:
-                        await answer.rest(self.lag.hold)
+                    if hold:
+                        await answer.rest()
                 tail = answer.finish()
                 complete = True
                 if tail[0].WhichOneof("event") == "header":

@@ -132,7 +132,8 @@ async def test_a_whole_answer_is_not_cut_off_by_its_connections_end_after_a_rest
 
     async with raw_provider(answers) as served, reading(served.base_url) as answer:
         events = await answer.read(math.inf) or []
-        await answer.rest(0.01)
+        answer.pause(0.01)
+        await answer.rest()
         assert await answer.read(asyncio.get_running_loop().time()) == []
         rested.set()
         await until(lambda: served.ended == 1)
@@ -141,6 +142,35 @@ async def test_a_whole_answer_is_not_cut_off_by_its_connections_end_after_a_rest
             events += more
         assert "".join(each.delta.content for each in events) == "one two three"
         assert answer.finish()
+
+
+async def test_a_rest_gathers_what_comes_while_the_last_piece_is_written() -> None:
+    """Else that would be read first, alone, and wait for the next rest to be followed."""
+    asked_for: asyncio.Queue[str] = asyncio.Queue()
+    written: list[str] = []
+
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        response = await event_stream(asked)
+        while text := await asked_for.get():
+            await response.write(chunk(text))
+            written.append(text)
+        await response.write(chunk("", finish_reason="stop") + b"data: [DONE]\n\n")
+        return response
+
+    async with provider(answer) as served, reading(served.base_url) as stream:
+        for text in ("one ", "two "):
+            asked_for.put_nowait(text)
+            assert await stream.read(math.inf)
+        stream.pause(0.05)
+        for text in ("three ", "four"):
+            asked_for.put_nowait(text)
+            await until(lambda text=text: text in written)  # type: ignore[misc]
+            await asyncio.sleep(0.02)  # time to be read, if anything read
+        await stream.rest()
+        events = await stream.read(math.inf) or []
+        assert [each.delta.content for each in events] == ["three four"]
+        asked_for.put_nowait("")
+        assert await stream.read(math.inf) is None
 
 
 @pytest.mark.parametrize(("gap", "rests"), [(0.01, True), (0.3, False)])
@@ -162,7 +192,8 @@ async def test_a_stream_rests_only_where_a_rest_gathers_pieces(gap: float, rests
             asked_for.put_nowait(None)
             assert await stream.read(math.inf)
             clock[0] += gap
-        rest = stream.rest(0.1)
+        stream.pause(0.1)
+        rest = stream.rest()
         try:
             rest.send(None)
             rested = True  # it waits for something

@@ -388,6 +388,8 @@ class Answer:
         self._fault: UpstreamFault | None = None  # met behind events that were still good
         self._gap = 0.0  # seconds from one piece to the next, lately; 0 while nobody knows
         self._piece_at: float | None = None  # when the last one came
+        self._rests = 0.0  # seconds that the next rest takes
+        self._paused: asyncio.Transport | None = None  # until it is over
 
     @property
     def usage(self) -> chat_pb2.Usage | None:
@@ -450,28 +452,35 @@ class Answer:
             self._gap += (gap - self._gap) * (_NEWEST if self._gap else 1.0)
         self._piece_at = now
 
-    async def rest(self, seconds: float) -> None:
-        """Reads nothing for a while: what arrives stays in the kernel, and wakes nobody. A stream
-        so slow that not every other rest would gather a second piece goes on at once: it would only
-        be later, and the loop have one timer more."""
+    def pause(self, seconds: float) -> None:
+        """Reads nothing from here on until `rest` is over: what arrives stays in the kernel, and
+        wakes nobody. Before what was read is written, else the next read would bring what came
+        meanwhile, alone and stale. A stream so slow that not every other rest would gather a second
+        piece goes on at once: it would only be later, and the loop have one timer more."""
         if self._gap >= 2 * seconds:
             return
         connection = self._response.connection
         protocol = None if connection is None else connection.protocol
         if protocol is None:
             return  # all of it is here
+        self._rests = seconds
         # Not protocol.pause_reading: its parser would stop within what arrives next, and take a
         # whole answer for one cut off if the connection closes behind it.
         transport = protocol.transport
-        if transport is None or not transport.is_reading():
-            await asyncio.sleep(seconds)  # more has arrived already than is read at once
-            return
-        transport.pause_reading()
+        # Where it does not read, more has arrived already than is read at once.
+        if transport is not None and transport.is_reading():
+            transport.pause_reading()
+            self._paused = transport
+
+    async def rest(self) -> None:
+        """For as long as `pause` said, if it did."""
         try:
-            await asyncio.sleep(seconds)
+            if self._rests:
+                await asyncio.sleep(self._rests)
         finally:
-            if not transport.is_closing():
-                transport.resume_reading()
+            if self._paused is not None and not self._paused.is_closing():
+                self._paused.resume_reading()
+            self._rests, self._paused = 0.0, None
 
     def finish(self) -> list[chat_service_pb2.StreamChatResponse]:
         """The finishes and the trailer. Raises UpstreamFault without proof of completion."""
