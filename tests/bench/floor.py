@@ -9,6 +9,8 @@ costs above this is its own work and its upstream's; what this costs nothing in 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import re
 import sys
 import time
@@ -124,5 +126,7 @@ async def serve(address: str) -> None:
 
 
 if __name__ == "__main__":
+    with contextlib.suppress(OSError):  # as the gateway, where it may
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(sys.argv[1]))

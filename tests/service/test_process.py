@@ -76,6 +76,26 @@ async def test_without_a_key_it_starts_on_the_simulator_and_says_so(
     assert PROMPT not in "\n".join(gateway.lines)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a policy of Linux")
+@pytest.mark.parametrize(
+    ("settings", "policy"),
+    [
+        ({}, "SCHED_BATCH"),
+        ({"scheduling": "batch"}, "SCHED_BATCH"),
+        ({"scheduling": "normal"}, "SCHED_OTHER"),
+    ],
+)
+async def test_all_its_threads_are_scheduled_as_configured(
+    settings: dict[str, str], policy: str, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, "http://127.0.0.1:1/v1", **settings)
+    async with serve("--config", config, TEST_KEY=SECRETS[0]) as gateway:
+        await failing(gateway.chat.Chat(request()))
+        threads = [int(each.name) for each in Path(f"/proc/{gateway.process.pid}/task").iterdir()]
+        assert len(threads) > 1
+        assert {os.sched_getscheduler(each) for each in threads} == {getattr(os, policy)}
+
+
 async def test_with_keys_in_the_environment_any_model_goes_through_unchanged() -> None:
     async def answer(asked: web.Request) -> web.StreamResponse:
         return completion()

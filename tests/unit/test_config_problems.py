@@ -27,8 +27,9 @@ ENV = "the name of an environment variable (the key itself never stands here)"
 HEADER = "a header name, neither set by the gateway nor for credentials"
 TEXT = "text (in quotes if it looks like something else)"
 FIELDS = (  # in order
-    "listen, tls, callers, limits, timeouts, connections, drain, reflection, log, retries, admin, "
-    "status_page, health, metrics, otlp, redis, key_file_interval, upstreams, models"
+    "listen, tls, callers, limits, timeouts, connections, drain, reflection, scheduling, log, "
+    "retries, admin, status_page, health, metrics, otlp, redis, key_file_interval, upstreams, "
+    "models"
 )
 ADMIN = 'host:port of the loopback interface, "[::1]:port" in quotes, unix:/path, or off'
 KEY = "a mapping with env or file (the key itself never stands here)"
