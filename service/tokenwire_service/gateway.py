@@ -234,11 +234,12 @@ class Gateway:
             relayed=self._relayed,
         )
 
-        async def use(attempt: Attempt) -> None:
+        def use(attempt: Attempt) -> Awaitable[None]:
             attempt.outbox = outbox
-            if attempt.plan.streams:
-                await self._read(call, attempt, outbox)
-                return
+            # Not awaited here: each coroutine on the way is woken for each token.
+            return self._read(call, attempt, outbox) if attempt.plan.streams else whole(attempt)
+
+        async def whole(attempt: Attempt) -> None:
             events = unfolded(await self._fetched(call, attempt))
             ended = next(i for i, e in enumerate(events) if e.WhichOneof("event") == "finish")
             await outbox.send(events[:ended])

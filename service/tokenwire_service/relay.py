@@ -80,8 +80,6 @@ class Outbox:
         the upstream's deltas in it were made."""
         begun = self.first_delta_at is not None
         for event in events:
-            if event.WhichOneof("event") == "delta":
-                self.delivered_bytes += text_bytes(event.delta)
             self._queue(event)
         if self.first_delta_at is None:
             return
@@ -104,7 +102,7 @@ class Outbox:
         if self._pending:
             await self.flush()
         else:
-            await self._put(StreamChatResponse())
+            await self._send(StreamChatResponse())
 
     async def finish(self, events: Iterable[StreamChatResponse]) -> None:
         """The finishes and the trailer, after everything else."""
@@ -138,7 +136,7 @@ class Outbox:
         if self._snapshots is None:
             return
         for index in sorted(self._snapshots):
-            await self._put(self._snapshot(index, _state(error)))
+            await self._send(self._snapshot(index, _state(error)))
 
     def close(self) -> None:
         """Nothing more is written."""
@@ -150,11 +148,8 @@ class Outbox:
         self._held_bytes = 0
         pending, self._pending = self._pending, []
         for message in pending:
-            await self._put(message)
-
-    async def _put(self, message: StreamChatResponse) -> None:
-        self.committed = True
-        await self._send(message)
+            self.committed = True
+            await self._send(message)
 
     async def _send(self, message: StreamChatResponse) -> None:
         self._writable = False
@@ -177,16 +172,19 @@ class Outbox:
         if kind == "header":
             self._pending = [event]  # any other is of an attempt that failed before its first text
             return
+        grows = False  # a snapshot takes the place of the one before
         if kind == "delta":
+            self.delivered_bytes += text_bytes(event.delta)
             if self.first_delta_at is None:
                 self.first_delta_at = self._now()
-            if self._snapshots is not None:
+            if self._snapshots is None:
+                grows = True
+            else:
                 index = event.delta.choice_index
                 self._begin(index)
                 self._snapshots[index].add(event.delta)
                 event = self._snapshot(index, Snapshot.STATE_STREAMING)
         size = event.ByteSize()
-        grows = event.HasField("delta")  # while a snapshot takes the place of the one before
         room = not grows or self._joined_bytes + size <= _JOIN_BYTES
         if self._pending and room and _join(self._pending[-1], event):
             self._joined_bytes += size
@@ -241,10 +239,10 @@ def _snapshot(
 
 def text_bytes(delta: chat_service_pb2.Delta) -> int:
     """Of text, reasoning, refusal and tool calls, as UTF-8."""
-    texts = [delta.content, delta.reasoning, delta.refusal]
+    text = delta.content + delta.reasoning + delta.refusal
     for part in delta.tool_calls:
-        texts += [part.name, part.arguments]
-    return sum(len(text if text.isascii() else text.encode()) for text in texts)
+        text += part.name + part.arguments
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def _join(last: StreamChatResponse, event: StreamChatResponse) -> bool:

@@ -429,7 +429,9 @@ class Answer:
                 self._fault = fault
             self._begun = self._begun or any(each.HasField("delta") for each in decoded)
             # Events without data, and Anthropic's pings, only keep the connection alive.
-            if self._begun and any(e.data.strip() and e.type != "ping" for e in events):
+            if self._begun and (
+                self.pieces or any(e.data.strip() and e.type != "ping" for e in events)
+            ):
                 self._silent_at = self._now() + self._idle
             if decoded:
                 self._size = 0

@@ -167,8 +167,10 @@ _RUN_CHARACTERS = 8192  # after so many, what is joined is enough: 32 KiB, if ea
 
 
 def _text(index: int, run: list[str]) -> StreamChatResponse:
-    delta = chat_service_pb2.Delta(choice_index=index, content="".join(run))
-    return StreamChatResponse(delta=delta)
+    event = StreamChatResponse()
+    delta = event.delta
+    delta.choice_index, delta.content = index, "".join(run)
+    return event
 
 
 class OpenAIStream(StreamDecoder):
@@ -251,7 +253,8 @@ class OpenAIStream(StreamDecoder):
                 run = []
             if not run:
                 joined, at = 0, index
-                self._choices.setdefault(index, _ChoiceState())
+                if index not in self._choices:
+                    self._choices[index] = _ChoiceState()
             run.append(text)
             joined += len(text)
             pieces += 1

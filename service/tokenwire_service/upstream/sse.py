@@ -104,7 +104,8 @@ class Decoder:
                     self._type = b""
             else:
                 self._line(line)
-        self._keep(rest, events)
+        if rest or self._size:
+            self._keep(rest, events)
         return events
 
     def _keep(self, piece: bytes, events: list[Event]) -> None:
@@ -124,6 +125,10 @@ class Decoder:
         return event
 
     def _line(self, line: bytes) -> None:
+        if line.startswith(b"data: "):  # nearly all of them
+            self._data.append(line[6:])
+            self._size += len(line) - 5
+            return
         name, _, value = line.partition(b":")
         if value[:1] == b" ":
             value = value[1:]
