@@ -22,6 +22,7 @@ from tokenwire_service.errors import (
     RequestAction,
     UpstreamFault,
     Violation,
+    bare,
     reason_name,
 )
 from tokenwire_service.keyring import (
@@ -165,7 +166,7 @@ class Attempts:
                 self._succeeded(call, attempt)
                 return answer
             except UpstreamFault as fault:
-                fault.__traceback__ = None  # its frames know the plan, which keeps the fault
+                bare(fault)  # the plan keeps it
                 scrub = self._scrubber(pool, lease)
                 fault.message = scrub(fault.message)
                 fault.code = printable(scrub(fault.code))[:64]

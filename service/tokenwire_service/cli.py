@@ -237,7 +237,7 @@ def _demo(_arguments: argparse.Namespace) -> int:
 def _schedule_as_batch() -> None:
     """Also of every thread that begins from here on. gRPC's wake each other for each message: were
     they to pre-empt each other, too, there would be twice the switches (docs/adr/0017)."""
-    if sys.platform == "linux":
+    if sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_OTHER:  # nobody's choice
         with contextlib.suppress(OSError):  # a sandbox may forbid it
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 

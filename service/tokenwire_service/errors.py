@@ -9,11 +9,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
 
 from google.rpc import code_pb2
 
 from tokenwire.v1 import error_reason_pb2 as reasons
+
+E = TypeVar("E", bound=BaseException)
 
 if TYPE_CHECKING:  # an attribute of the stubs alone
     Reason: TypeAlias = reasons.ErrorReason.ValueType
@@ -255,6 +257,14 @@ class GatewayError(Exception):
 
     def __str__(self) -> str:
         return f"{self.reason_name}: {self.message}"
+
+
+def bare(error: E) -> E:
+    """The same error, without the frames that it came through and the errors before it. Whoever
+    keeps an error keeps them, and some of them know who keeps it: a cycle, with all that they hold,
+    until the collector runs."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
 
 
 def invalid(

@@ -20,7 +20,7 @@ from tokenwire.v1 import chat_service_pb2, error_reason_pb2, model_service_pb2
 from tokenwire_service.admission import Admission, FullError
 from tokenwire_service.attempts import Attempt, Attempts, Call, Plan, Stopwatch
 from tokenwire_service.config import Config, Model
-from tokenwire_service.errors import TIMER, Fault, GatewayError, UpstreamFault
+from tokenwire_service.errors import TIMER, Fault, GatewayError, UpstreamFault, bare
 from tokenwire_service.folding import Fold, unfolded
 from tokenwire_service.keyring import FIRST_COOLDOWN
 from tokenwire_service.layouts import estimate, so_far
@@ -488,7 +488,7 @@ class Gateway:
                     raise
                 if not errors:
                     told_at = self._now()
-                errors.append(error)
+                errors.append(bare(error))
                 if plan is None or plan.patient:
                     continue
                 if error.reason in _COOLING and error.retry_helps:
@@ -508,7 +508,7 @@ class Gateway:
                 if error.reason not in passing and not plan.over_tier:
                     raise
                 if index == 0:
-                    errors[0], told_at = error, self._now()
+                    errors[0], told_at = bare(error), self._now()
         told = errors[0]
         if names and told.retry_after is not None:  # others were asked meanwhile
             told.retry_after = max(0.0, told.retry_after - (self._now() - told_at))

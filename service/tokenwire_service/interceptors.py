@@ -23,7 +23,7 @@ from tokenwire.v1 import error_reason_pb2
 from tokenwire_service.attempts import Call
 from tokenwire_service.backlog import Backlog
 from tokenwire_service.callers import Callers, Tenant
-from tokenwire_service.errors import GatewayError, Violation, invalid
+from tokenwire_service.errors import GatewayError, Violation, bare, invalid
 from tokenwire_service.telemetry import CallEvent, CallSpan, Observer, Tracer
 from tokenwire_service.wording import printable
 
@@ -220,9 +220,7 @@ class Boundary(grpc.aio.ServerInterceptor):
                 if message is not None:  # streams have written theirs
                     answer = call.pack(message)
             except GatewayError as failure:
-                # Without the frames that it came through, of which this is one: in a cycle all
-                # would stay until the collector runs.
-                error = failure.with_traceback(None)
+                error = bare(failure)
             except asyncio.CancelledError:
                 if callers_cancel():
                     self._gone(call, method)
@@ -245,7 +243,7 @@ class Boundary(grpc.aio.ServerInterceptor):
             # that has begun to answer. gRPC keeps what an abort raises, with this frame: were the
             # call still known here, that would be a cycle.
             ending = context.abort(status, details, trailers(error, call.request_id))
-            del request, context, call, metadata
+            del request, context, call, metadata, error
             try:
                 await ending
             except (grpc.aio.InternalError, grpc.aio.UsageError):
@@ -289,8 +287,8 @@ class Boundary(grpc.aio.ServerInterceptor):
         self._number += 1
         number = self._number
         self._running.add(number)
-        # grpc.aio's task of this call, whose end its status has been sent before. A callback of
-        # the context would hold that, and it the callback, until the collector finds both.
+        # grpc.aio's task of this call: when it ends, the status has been sent. A callback of the
+        # context would hold the context, and that the callback, until the collector runs.
         task = asyncio.current_task()
         assert task is not None
         task.add_done_callback(lambda _: self._done(number))

@@ -18,7 +18,7 @@ from tokenwire.v1 import (
 )
 from tokenwire_service.attempts import Call
 from tokenwire_service.config import Config
-from tokenwire_service.errors import TIMER, GatewayError
+from tokenwire_service.errors import TIMER, GatewayError, bare
 from tokenwire_service.gateway import Gateway
 from tokenwire_service.interceptors import (
     CallContext,
@@ -114,6 +114,8 @@ class ChatServicer:
             async with asyncio.TaskGroup() as group:
                 for _ in range(workers):
                     group.create_task(work())
+        except asyncio.CancelledError as cancelled:
+            raise bare(cancelled) from None  # the group's own frame keeps it
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
 
@@ -150,8 +152,7 @@ class ChatServicer:
                 answer.response.CopyFrom(await gateway.chat(call))
             context.pack(answer)
         except GatewayError as error:
-            # Without the frames that it came through, some of which know it.
-            error = _under(f"items[{index}].chat.", error).with_traceback(None)
+            error = bare(_under(f"items[{index}].chat.", error))
             answer.error.CopyFrom(rpc_status(error, context.request_id))
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise

@@ -121,13 +121,17 @@ class Alarm:
                 raise TimeoutError from error
 
     def close(self) -> None:
-        """Disarms the timer."""
+        """Disarms the timer, and forgets the task: its end may keep what holds this."""
+        self._disarm()
+        self._task = None
+
+    def _disarm(self) -> None:
         if self._handle is not None:
             self._handle.cancel()
             self._handle, self._runs_at = None, math.inf
 
     def _arm(self, at: float) -> None:
-        self.close()
+        self._disarm()
         self._runs_at = at
         delay = max(0.0, at - self._now())
         self._handle = asyncio.get_running_loop().call_later(delay, self._look)

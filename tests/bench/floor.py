@@ -126,7 +126,7 @@ async def serve(address: str) -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(OSError):  # as the gateway, where it may
+    with contextlib.suppress(OSError, AttributeError):  # as the gateway, where it may
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(sys.argv[1]))

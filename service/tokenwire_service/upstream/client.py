@@ -25,7 +25,7 @@ from yarl import URL
 
 from tokenwire.v1 import chat_pb2, chat_service_pb2, model_service_pb2
 from tokenwire_service.config import Limits, Upstream
-from tokenwire_service.errors import TIMER, Fault, UpstreamFault
+from tokenwire_service.errors import TIMER, Fault, UpstreamFault, bare
 from tokenwire_service.keyring import Lease
 from tokenwire_service.timer import TURN, Alarm, Within
 from tokenwire_service.upstream import sse
@@ -223,7 +223,9 @@ class UpstreamClient:
             try:
                 yield response
             except aiohttp.ClientError as error:
-                if isinstance(error.__cause__, ContentEncodingError):
+                badly_encoded = isinstance(error.__cause__, ContentEncodingError)
+                bare(error)  # its response keeps it
+                if badly_encoded:
                     raise UpstreamFault(
                         Fault.PROTOCOL, "the answer's compression is broken"
                     ) from None
@@ -456,8 +458,8 @@ class Answer:
 
     def pause(self, seconds: float) -> None:
         """Reads nothing from here on until `rest` is over: what arrives stays in the kernel, and
-        wakes nobody. Before what was read is written, else the next read would bring what came
-        meanwhile, alone and stale. A stream so slow that not every other rest would gather a second
+        wakes nobody. Called before what was read is written: else the next read would bring what
+        came meanwhile, alone and stale. A stream so slow that not every other rest would gather a second
         piece goes on at once: it would only be later, and the loop have one timer more."""
         if self._gap >= 2 * seconds:
             return
@@ -482,6 +484,8 @@ class Answer:
         finally:
             if self._paused is not None and not self._paused.is_closing():
                 self._paused.resume_reading()
+                if self._begun:  # nobody has listened, for as long as the write took
+                    self._silent_at = max(self._silent_at, self._now() + self._idle)
             self._rests, self._paused = 0.0, None
 
     def finish(self) -> list[chat_service_pb2.StreamChatResponse]:
