@@ -306,7 +306,7 @@ def render(results: Results) -> str:
         *("", "## Goals", ""),
         targets(results),
         "",
-        "[ADR 17](adr/0017-fewer-fuller-messages.md#why-goals-are-missed) says why some are missed.",
+        "Why some are missed: [ADR 17](adr/0017-fewer-fuller-messages.md#why-goals-are-missed).",
         *("", "## CPU", "", "Microseconds, median [range]. (f): with foreign load."),
         f"(g): the generator used more than {GENERATOR:.0%} of its core, so the system could have "
         "done more; its CPU per unit stands.",

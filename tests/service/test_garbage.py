@@ -120,7 +120,7 @@ async def _left_batch(gateway: Stubs) -> None:
 
 
 def config(base_url: str) -> Config:
-    """One upstream for any model, one that fails with another to fall back to, one with one slot."""
+    """One upstream for any model, one that fails, one to fall back to, one with one slot."""
     of_models = {
         "bad": upstream(base_url.replace("/v1", "/bad/v1"), name="bad", passthrough=False),
         "good": upstream(base_url, name="good", passthrough=False),

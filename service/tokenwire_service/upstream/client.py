@@ -459,8 +459,8 @@ class Answer:
     def pause(self, seconds: float) -> None:
         """Reads nothing from here on until `rest` is over: what arrives stays in the kernel, and
         wakes nobody. Called before what was read is written: else the next read would bring what
-        came meanwhile, alone and stale. A stream so slow that not every other rest would gather a second
-        piece goes on at once: it would only be later, and the loop have one timer more."""
+        came meanwhile, alone and stale. A stream so slow that not every other rest would gather a
+        second piece goes on at once: it would only be later, and the loop have one timer more."""
         if self._gap >= 2 * seconds:
             return
         connection = self._response.connection
