@@ -56,8 +56,8 @@ MUTANTS = (
     ),
     Mutant(
         "a call counts as committed while its first write is under way",
-        "        self.committed = True\n        await self._send(message)",
-        "        await self._send(message)\n        self.committed = True",
+        "            self.committed = True\n            await self._send(message)",
+        "            await self._send(message)\n            self.committed = True",
         (RELAY,),
     ),
     Mutant(
@@ -541,8 +541,8 @@ MUTANTS = (
     ),
     Mutant(
         "comments are no progress",
-        '            if self._begun and any(e.data.strip() and e.type != "ping" for e in events):',
-        "            if self._begun:",
+        "            if self._begun and (\n                self.pieces or any(",
+        "            if self._begun or (\n                self.pieces or any(",
         (DEADLINE, BAD),
     ),
     Mutant(
