@@ -235,9 +235,10 @@ def _demo(_arguments: argparse.Namespace) -> int:
 
 
 def _schedule_as_batch() -> None:
-    """Also of every thread that begins from here on. gRPC's wake each other for each message: were
-    they to pre-empt each other, too, there would be twice the switches (docs/adr/0017)."""
-    if sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_OTHER:  # nobody's choice
+    """This process, with every thread that begins from here on, unless whoever started it chose a
+    policy. gRPC's threads wake each other for each message: were they to pre-empt each other, too,
+    there would be four times as many switches (docs/adr/0017)."""
+    if sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_OTHER:
         with contextlib.suppress(OSError):  # a sandbox may forbid it
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
