@@ -697,9 +697,9 @@ class Config(Struct, frozen=True, kw_only=True):
     drain: Drain = Drain()
     # Whether the port for callers answers grpc.reflection. That for operators always does.
     reflection: bool = True
-    # How the operating system shares out the processor, on Linux: with batch, what arrives pre-empts
-    # nobody, which costs less; with normal it does, which is sooner where others want the same
-    # processor.
+    # How the operating system shares out the processor, on Linux: with batch, what arrives
+    # pre-empts nobody, which costs less; with normal it does, which is sooner where others want the
+    # same processor.
     scheduling: Literal["batch", "normal"] = "batch"
     log: Log = Log()
     retries: Retries = Retries()

@@ -33,7 +33,7 @@ from harness import (
     upstream,
 )
 from tokenwire.v1 import chat_service_pb2
-from tokenwire_service.config import Limits
+from tokenwire_service.config import Limits, UpstreamTimeouts
 from tokenwire_service.keyring import KeyRing, Lease
 from tokenwire_service.looplag import LoopLag
 from tokenwire_service.upstream.client import Answer, Progress, UpstreamClient
@@ -100,10 +100,10 @@ async def test_a_deadline_ends_a_stream_that_rests(start: Start) -> None:
 
 @asynccontextmanager
 async def reading(
-    base_url: str, now: Callable[[], float] = time.monotonic
+    base_url: str, now: Callable[[], float] = time.monotonic, **settings: Any
 ) -> AsyncIterator[Answer]:
     """One stream of an upstream, as the gateway reads it."""
-    wanted = upstream(base_url)
+    wanted = upstream(base_url, **settings)
     client = UpstreamClient(wanted, chooser(), Limits(), now=now)
     lease = KeyRing(wanted).lease("m", 0.0)
     assert isinstance(lease, Lease)
@@ -169,6 +169,35 @@ async def test_a_rest_gathers_what_comes_while_the_last_piece_is_written() -> No
         await stream.rest()
         events = await stream.read(math.inf) or []
         assert [each.delta.content for each in events] == ["three four"]
+        asked_for.put_nowait("")
+        assert await stream.read(math.inf) is None
+
+
+async def test_a_caller_that_reads_slowly_does_not_make_its_upstream_look_silent() -> None:
+    """While the loop is late nothing is read until the message is written."""
+    asked_for: asyncio.Queue[str] = asyncio.Queue()
+    timeouts = UpstreamTimeouts(idle=1.0)
+
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        response = await event_stream(asked)
+        while text := await asked_for.get():
+            await response.write(chunk(text))
+        await response.write(chunk("", finish_reason="stop") + b"data: [DONE]\n\n")
+        return response
+
+    async with (
+        provider(answer) as served,
+        reading(served.base_url, timeouts=timeouts) as stream,
+    ):
+        for text in ("one ", "two "):
+            asked_for.put_nowait(text)
+            assert await stream.read(math.inf)
+        stream.pause(0.01)
+        await asyncio.sleep(1.2)  # until the message is written
+        await stream.rest()
+        asyncio.get_running_loop().call_later(0.2, asked_for.put_nowait, "three")
+        events = await stream.read(math.inf) or []
+        assert [each.delta.content for each in events] == ["three"]
         asked_for.put_nowait("")
         assert await stream.read(math.inf) is None
 

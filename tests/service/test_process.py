@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -94,6 +95,29 @@ async def test_all_its_threads_are_scheduled_as_configured(
         threads = [int(each.name) for each in Path(f"/proc/{gateway.process.pid}/task").iterdir()]
         assert len(threads) > 1
         assert {os.sched_getscheduler(each) for each in threads} == {getattr(os, policy)}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a policy of Linux")
+def test_a_policy_that_somebody_chose_stays() -> None:
+    chosen = (
+        "import os; from tokenwire_service import cli; "
+        "os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0)); "
+        "cli._schedule_as_batch(); print(os.sched_getscheduler(0) == os.SCHED_IDLE)"
+    )
+    done = subprocess.run([sys.executable, "-c", chosen], capture_output=True, check=True)
+    assert done.stdout == b"True\n"
+
+
+async def test_its_collector_leaves_alone_what_was_there_when_it_began_to_serve() -> None:
+    telling = (
+        "import atexit, gc, sys; from tokenwire_service.cli import main; "
+        "atexit.register(lambda: print('frozen', gc.get_freeze_count() > 10_000, "
+        "gc.get_threshold()[0], file=sys.stderr)); sys.exit(main())"
+    )
+    async with serve(program=(sys.executable, "-c", telling)) as gateway:
+        gateway.signal(signal.SIGINT)
+        assert await gateway.exit_code() == 0
+    assert "frozen True 10000" in gateway.lines
 
 
 async def test_with_keys_in_the_environment_any_model_goes_through_unchanged() -> None:

@@ -614,3 +614,16 @@ async def test_a_caller_that_does_not_read_is_given_up() -> None:
     assert caught.value.reason_name == "CALLER_STALLED"
     await outbox.fail(caught.value)
     assert len(written) == 4, "gRPC takes no other message until the stalled one is gone"
+
+
+async def _delivered(*events: Event) -> int:
+    outbox = Wire().outbox()
+    await outbox.send([header(), delta("first ")])
+    await outbox.finish(events)
+    return outbox.delivered_bytes
+
+
+def test_what_is_let_go_with_the_end_counts_as_delivered() -> None:
+    """As the text that a stop filter held back: what a call cost may be estimated by it."""
+    assert asyncio.run(_delivered(finish())) == len("first ")
+    assert asyncio.run(_delivered(delta("\u00e9"), finish())) == len("first ") + 2
