@@ -8,8 +8,8 @@ whose headers never came whole), and while there is processor time to spare noth
 
 A burst may wait. Where more wait than `most`, that is overload: from then on only KEPT may wait,
 until for CALM nobody had to be refused. Those in front are refused, since they are the ones at
-hand, but for one of SERVED: a refusal takes a third of what serving takes, so that who only refuses
-may have no time left to serve.
+hand. A few of them are served even so, and more where refusing does not shorten the queue: whoever
+then goes on to refuse nearly all has no time left to serve, and nobody waits less for it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ from tokenwire_service.looplag import IN_TIME, LoopLag
 INTERVAL = 0.05  # seconds between two looks, each of which takes some 0.25 ms
 FEW = 8  # calls in an interval: where fewer begin, and the loop is in time, none wait
 INTERVAL_OVERLOADED = 0.02  # seconds
-KEPT = 64  # calls that may wait during overload: a tenth of a second's work
-SERVED = 4  # of so many calls in front one is served even so
+KEPT = 24  # calls that may wait during overload: what is begun or refused between two looks
+SERVED = 16  # of so many calls in front one is served even so
+SERVED_IN_VAIN = 4  # the same while refusing does not shorten the queue
+SHRINKS = 1.0  # seconds in which a queue that is being shortened has become so by KEPT
+IN_VAIN = 5.0  # seconds until shortening it is tried again
 CALM = 1.0  # seconds without a refusal until overload is over
 # Share of an interval for which the process ran: below it, and with the loop in time (else others
 # have the processor), the loop had nothing to do for a while. In a flood it is 0.98. Taken wrongly
@@ -55,8 +58,10 @@ class Backlog:
         self._since = self._overloaded_until = now()
         self._ran_since = ran()
         self._begun = 0  # calls since `_since`
-        self._too_many = 0  # calls that wait, of which three in four are refused
-        self._turn = 0  # of SERVED
+        self._too_many = 0  # calls that wait, of which nearly all are refused
+        self._turn = 0  # calls in front since one of them was served
+        self._fewest = 0  # that have waited since overload began
+        self._shrank_at = self._in_vain_until = now()
         self.refused = 0  # calls, since the start
 
     @property
@@ -78,8 +83,9 @@ class Backlog:
         if not self._too_many or not refusable:
             return True
         self._too_many -= 1
-        self._turn = (self._turn + 1) % SERVED
-        if self._turn == 0:
+        self._turn += 1
+        if self._turn >= (SERVED_IN_VAIN if now < self._in_vain_until else SERVED):
+            self._turn = 0
             return True
         self.refused += 1
         return False
@@ -92,10 +98,16 @@ class Backlog:
             return
         self._stray = max(0, min(self._stray, others))
         waiting = max(0, others - self._stray)
-        overloaded = now < self._overloaded_until or waiting > self._most
-        if overloaded and waiting > KEPT:
-            self._too_many = waiting - KEPT
-            self._overloaded_until = now + CALM
+        overloaded = now < self._overloaded_until
+        if waiting <= (KEPT if overloaded else self._most):
+            return
+        if not overloaded or waiting < 2 * KEPT or waiting < self._fewest - KEPT:
+            self._fewest, self._shrank_at = waiting, now
+        elif now > self._in_vain_until and now - self._shrank_at > SHRINKS:
+            self._in_vain_until = now + IN_VAIN
+            self._fewest, self._shrank_at = waiting, self._in_vain_until
+        self._too_many = waiting - KEPT
+        self._overloaded_until = now + CALM
 
     def ended(self) -> None:
         """A call that was handed over has ended."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tokenwire.v1 import chat_pb2, chat_service_pb2, error_reason_pb2
 from tokenwire_service.errors import CODES, GatewayError, Violation, invalid
-from tokenwire_service.interceptors import internal_error, rpc_status, trailers
+from tokenwire_service.interceptors import internal_error, prepared_trailers, rpc_status, trailers
 from tokenwire_service.validation import check
 
 D = TypeVar("D", bound=Message)
@@ -37,6 +37,18 @@ def detail(status: status_pb2.Status, kind: type[D]) -> D:
     unpacked = kind()
     found[0].Unpack(unpacked)
     return unpacked
+
+
+@given(
+    ids=st.lists(
+        st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=128)
+    )
+)
+def test_prepared_trailers_are_those_of_the_error(ids: list[str]) -> None:
+    error = GatewayError(RATE_LIMITED, "later", retry_after=1.5, retry_helps=True)
+    prepared = prepared_trailers(error)
+    for request_id in (*ids, *ids):
+        assert prepared(request_id) == trailers(error, request_id)
 
 
 def trailer(error: GatewayError, name: str) -> str | bytes:
