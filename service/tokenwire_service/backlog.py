@@ -6,10 +6,11 @@ counts calls as they come (channelz). What it has handed over is counted here; o
 what came since nothing waited: some calls never end for the core (those that it cut off, those
 whose headers never came whole), and while there is processor time to spare nothing waits.
 
-A burst may wait. Where more wait than `most`, that is overload: from then on only KEPT may wait,
-until for CALM nobody had to be refused. Those in front are refused, since they are the ones at
-hand. A few of them are served even so, and more where refusing does not shorten the queue: whoever
-then goes on to refuse nearly all has no time left to serve, and nobody waits less for it.
+A burst may wait. Where more wait than `most`, or a fifth of them and for GROWS ever more, that is
+overload: from then on only KEPT may wait, until for CALM nobody had to be refused. Those in front
+are refused, since they are the ones at hand. A few of them are served even so, and more where
+refusing does not shorten the queue: whoever then goes on to refuse nearly all has no time left to
+serve, and nobody waits less for it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from tokenwire_service.looplag import IN_TIME, LoopLag
 INTERVAL = 0.05  # seconds between two looks, each of which takes some 0.25 ms
 FEW = 8  # calls in an interval: where fewer begin, and the loop is in time, none wait
 INTERVAL_OVERLOADED = 0.02  # seconds
-KEPT = 24  # calls that may wait during overload: what is begun or refused between two looks
+GROWS = 0.5  # seconds: what comes for longer than that is no burst
+KEPT = 8  # calls that may wait during overload: enough that the next one is there
 SERVED = 16  # of so many calls in front one is served even so
 SERVED_IN_VAIN = 4  # the same while refusing does not shorten the queue
 SHRINKS = 1.0  # seconds in which a queue that is being shortened has become so by KEPT
@@ -58,7 +60,9 @@ class Backlog:
         self._since = self._overloaded_until = now()
         self._ran_since = ran()
         self._begun = 0  # calls since `_since`
-        self._too_many = 0  # calls that wait, of which nearly all are refused
+        self._waited = 0  # calls, at `_since`
+        self._coming = 0.0  # calls a second, in the interval before that
+        self._grows_since = now()
         self._turn = 0  # calls in front since one of them was served
         self._fewest = 0  # that have waited since overload began
         self._shrank_at = self._in_vain_until = now()
@@ -74,15 +78,16 @@ class Backlog:
         self.running += 1
         self._begun += 1
         now = self._now()
-        overloaded = now < self._overloaded_until
-        if now - self._since >= (INTERVAL_OVERLOADED if overloaded else INTERVAL):
-            self._too_many = 0  # who waited may have left
-            if overloaded or self._begun >= FEW or self._lag.seconds > IN_TIME:
-                self._look(now)
+        interval = INTERVAL_OVERLOADED if now < self._overloaded_until else INTERVAL
+        if now - self._since >= interval:
+            self._look(now)
             self._since, self._ran_since, self._begun = now, self.ran(), 0
-        if not self._too_many or not refusable:
+        if not refusable or now >= self._overloaded_until:
             return True
-        self._too_many -= 1
+        # Looking is dear: since the last look calls have come as they came before it.
+        if self._waited + self._coming * (now - self._since) - self._begun <= KEPT:
+            return True
+        self._overloaded_until = now + CALM
         self._turn += 1
         if self._turn >= (SERVED_IN_VAIN if now < self._in_vain_until else SERVED):
             self._turn = 0
@@ -91,23 +96,31 @@ class Backlog:
         return False
 
     def _look(self, now: float) -> None:
+        overloaded = now < self._overloaded_until
+        if not overloaded and self._begun < FEW and self._lag.seconds <= IN_TIME:
+            self._waited, self._grows_since = 0, now
+            return
         ran, took = self.ran() - self._ran_since, now - self._since
         others = self._in_core() - self.running
         if ran < BUSY * took and self._lag.seconds < IN_TIME:
-            self._stray = others
+            self._stray, self._waited, self._coming = others, 0, 0.0
+            self._grows_since = now
             return
         self._stray = max(0, min(self._stray, others))
         waiting = max(0, others - self._stray)
-        overloaded = now < self._overloaded_until
-        if waiting <= (KEPT if overloaded else self._most):
+        self._coming = max(0, waiting + self._begun - self._waited) / took
+        if waiting <= self._waited:
+            self._grows_since = now
+        self._waited = waiting
+        grows = now - self._grows_since > GROWS
+        if waiting <= (KEPT if overloaded else self._most // 5 if grows else self._most):
             return
+        self._overloaded_until = now + CALM
         if not overloaded or waiting < 2 * KEPT or waiting < self._fewest - KEPT:
             self._fewest, self._shrank_at = waiting, now
         elif now > self._in_vain_until and now - self._shrank_at > SHRINKS:
             self._in_vain_until = now + IN_VAIN
             self._fewest, self._shrank_at = waiting, self._in_vain_until
-        self._too_many = waiting - KEPT
-        self._overloaded_until = now + CALM
 
     def ended(self) -> None:
         """A call that was handed over has ended."""
