@@ -306,11 +306,14 @@ BENCH_SECONDS ?= 5
 BENCH_REPEATS ?= 3
 BENCH_COOL_SECONDS ?= 60
 BENCH_SOAK_MINUTES ?= 1
+# The Python of the systems that are written in it, as one that was built as the image's is; .venv's.
+BENCH_PYTHON ?=
+export BENCH_PYTHON
 BENCH_RUN = PYTHONPATH=tests $(BIN)/python -m bench.run --seconds $(BENCH_SECONDS) --repeats $(BENCH_REPEATS) \
 	--cool $(BENCH_COOL_SECONDS) --soak-minutes $(BENCH_SOAK_MINUTES)
 
 .PHONY: bench
-bench: $(BIN)/.complete setup-bench ## Measure the gateway beside a bare grpc.aio server and a Go relay (BENCH_SECONDS, BENCH_REPEATS)
+bench: $(BIN)/.complete setup-bench setup-bench-python ## Measure the gateway beside a bare grpc.aio server and a Go relay (BENCH_SECONDS, BENCH_REPEATS, BENCH_PYTHON)
 	@$(BENCH_RUN) $(ARGS)
 
 .PHONY: bench-smoke
@@ -318,7 +321,7 @@ bench-smoke: $(BIN)/.complete setup-bench ## Every scenario in miniature: its fi
 	@$(BENCH_RUN) --smoke $(ARGS)
 
 .PHONY: bench-peers
-bench-peers: $(BIN)/.complete setup-bench build/servers/litellm/.complete $(BENCH)/portkey/.complete ## The same with LiteLLM and Portkey; writes docs/performance.md
+bench-peers: $(BIN)/.complete setup-bench setup-bench-python build/servers/litellm/.complete $(BENCH)/portkey/.complete ## The same with LiteLLM and Portkey; writes docs/performance.md
 	@$(BENCH_RUN) --peers --publish $(ARGS)
 
 # go sees itself what has changed. -p 2: the memory of others counts, too.
@@ -327,6 +330,18 @@ setup-bench: ## Build the benchmark's mock upstream, load generator and relay
 	@mkdir -p $(BENCH)
 	@(cd tests/bench/go && GOFLAGS="-mod=readonly -buildvcs=false" nice go build -p 2 -o "$(CURDIR)/$(BENCH)/" ./mock ./load ./relay) \
 		$(call missing,go cannot build the programs of tests/bench/go)
+
+.PHONY: setup-bench-python
+setup-bench-python: $(BIN)/.complete
+	@test -n "$(BENCH_PYTHON)" || exit 0; made=$(BENCH)/python; \
+	wanted="$(BENCH_PYTHON) $$(cat service/requirements.txt tests/servers/litellm.txt | sha256sum)"; \
+	test "$$(cat $$made/.complete 2>/dev/null)" != "$$wanted" || exit 0; \
+	echo "Installing for $(BENCH_PYTHON) into $$made..."; rm -rf $$made; \
+	for each in gateway:service/requirements.txt litellm:tests/servers/litellm.txt; do \
+		$(BIN)/uv venv --quiet --python $(BENCH_PYTHON) $$made/$${each%%:*}; \
+		$(BIN)/uv pip install --quiet --compile-bytecode --python $$made/$${each%%:*}/bin/python \
+			--require-hashes --no-deps -r $${each#*:}; \
+	done; echo "$$wanted" >$$made/.complete
 
 $(BENCH)/portkey/.complete: $(addprefix tests/bench/portkey/,package.json package-lock.json .npmrc patch.py)
 	@mkdir -p $(@D)

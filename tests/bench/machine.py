@@ -7,6 +7,8 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench import interpreter
+
 _TICKS = os.sysconf("SC_CLK_TCK")
 PROC = Path("/proc")
 
@@ -105,5 +107,5 @@ def description() -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "memory": f"{int(memory) / 2**20:.0f} GiB",
         "kernel": platform.release(),
-        "python": f"{platform.python_version()} ({platform.python_compiler()})",
+        "python": interpreter.description(),
     }

@@ -277,6 +277,9 @@ two tokens of one stream. *Added* figures are ours less those of the generator o
 ("direct"). Calls at a steady rate begin at their times whatever becomes of earlier ones, and
 their times count from there.
 
+The gateway, the floor and LiteLLM run in the same Python (`BENCH_PYTHON`), named below: a
+distribution's is built with profile-guided optimisation, as that of the image.
+
 The **grpc.aio floor** (tests/bench/floor.py) answers prepared bytes in the gateway's own
 interpreter: no upstream, no parsing. The **Go relay** (tests/bench/go/relay) relays the same
 contract in the plain way, one message a chunk, without callers, keys, limits, retries or log.

@@ -18,11 +18,12 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from bench import machine
+from bench import interpreter, machine
 from bench.scenarios import DIRECT, FLOOR, LITELLM, OURS, PORTKEY, RELAY
 from bench.traffic import BUILT, KEYS, LOAD_CORE, ROOT, SYSTEM_CORE, Mock, Target, program
 
 HERE = Path(__file__).resolve().parent
+SOURCES = (ROOT / "service", ROOT / "clients/python/src")
 TOKEN = "bench-caller-token"  # of the one caller
 _STARTS_WITHIN = 120.0  # seconds; LiteLLM takes ten on a quiet machine
 
@@ -83,13 +84,10 @@ def tokenwire(mock: Mock, folder: Path, *, in_flight: int = MANY) -> Iterator[Sy
             base_url=mock.base_url,
         )
     )
-    environ = {"BENCH_TOKEN": TOKEN, "BENCH_KEYS": ",".join(KEYS)}
-    command: list[str | Path] = [
-        Path(sys.executable).parent / "tokenwire",
-        "serve",
-        "--config",
-        config,
-    ]
+    environ = interpreter.path(*SOURCES)
+    environ |= {"BENCH_TOKEN": TOKEN, "BENCH_KEYS": ",".join(KEYS)}
+    python = interpreter.environment("gateway", Path(sys.prefix)) / "bin/python"
+    command = [python, "-m", "tokenwire_service", "serve", "--config", config]
     began = time.monotonic()
     with program(command, SYSTEM_CORE, log=folder / "tokenwire.log", environ=environ) as process:
         address = f"127.0.0.1:{port}"
@@ -110,8 +108,10 @@ def tokenwire(mock: Mock, folder: Path, *, in_flight: int = MANY) -> Iterator[Sy
 def floor(_mock: Mock, folder: Path) -> Iterator[System]:
     """A bare grpc.aio server, in the gateway's interpreter."""
     address = f"127.0.0.1:{_free_port()}"
-    command: list[str | Path] = [sys.executable, "-m", "bench.floor", address]
-    with program(command, SYSTEM_CORE, log=folder / "floor.log") as process:
+    python = interpreter.environment("gateway", Path(sys.prefix)) / "bin/python"
+    command = [python, "-m", "bench.floor", address]
+    environ = interpreter.path(ROOT / "tests", *SOURCES)
+    with program(command, SYSTEM_CORE, log=folder / "floor.log", environ=environ) as process:
         _wait(process, folder / "floor.log", lambda: _open(address))
         settings = (
             "bench/floor.py: prepared bytes, no parsing, no upstream; uvloop, the gateway's "
@@ -146,9 +146,9 @@ def litellm(mock: Mock, folder: Path) -> Iterator[System]:
     port = _free_port()
     config = folder / "litellm.yaml"
     config.write_text((HERE / "litellm.yaml").read_text().replace("BASE_URL", mock.base_url))
-    python = ROOT / "build/servers/litellm/venv/bin"
+    venv = interpreter.environment("litellm", ROOT / "build/servers/litellm/venv")
     command: list[str | Path] = [
-        python / "litellm",
+        venv / "bin/litellm",
         "--config",
         config,
         "--host",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -14,12 +15,13 @@ from typing import Any
 
 import pytest
 
-from bench import floor, machine, page, reuseport
+from bench import floor, interpreter, machine, page, reuseport
 from bench.results import Results
 from bench.run import PUBLISHED, Parameters, bench
 from bench.scenarios import DIRECT, FLOOR, OURS, RELAY, SCENARIOS
+from bench.systems import STARTERS, mock_upstream
 from bench.targets import GOALS, Goal
-from bench.traffic import BUILT, ROOT, SYSTEM_CORE, Target, command
+from bench.traffic import BUILT, ROOT, SYSTEM_CORE, Target, command, load
 
 GO = Path(__file__).parent / "go"
 
@@ -90,6 +92,32 @@ async def test_every_scenario_in_miniature(built: None, tmp_path: Path) -> None:
         if "LiteLLM" not in goal.title and "Portkey" not in goal.title:
             assert goal.verdict(goal.measure(results)) != "not measured", goal.title
     assert "no findings" in page.render(results)
+
+
+@pytest.mark.timeout(60)
+async def test_systems_in_python_run_in_the_python_that_is_named(
+    built: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that was built with profile-guided optimisation: in an environment made for it."""
+    named = Path(sys.base_prefix) / "bin/python3"
+    monkeypatch.setenv("BENCH_PYTHON", str(named))
+    monkeypatch.setattr(interpreter, "BUILT", tmp_path)
+    with mock_upstream(tmp_path) as mock:
+        with (
+            pytest.raises(SystemExit, match="make setup-bench-python"),
+            STARTERS[OURS](mock, tmp_path),
+        ):
+            pass
+        (tmp_path / "python").mkdir()
+        made = tmp_path / "python/gateway"
+        made.symlink_to(sys.prefix)
+        for starter in (STARTERS[OURS], STARTERS[FLOOR]):
+            with starter(mock, tmp_path) as system:
+                called = Path(f"/proc/{system.pid}/cmdline").read_bytes().split(b"\0")[0]
+                assert called.decode() == str(made / "bin/python")
+                report = await load(SCENARIOS[0].miniature(), system.target, 0.1)
+                assert report["status"].keys() == {"OK"}
+    assert machine.description()["python"].startswith(platform.python_version())
 
 
 def test_the_page_is_what_its_results_say() -> None:
