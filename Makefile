@@ -317,7 +317,7 @@ bench: $(BIN)/.complete setup-bench setup-bench-python ## Measure the gateway be
 	@$(BENCH_RUN) $(ARGS)
 
 .PHONY: bench-smoke
-bench-smoke: $(BIN)/.complete setup-bench ## Every scenario in miniature: its figures mean nothing
+bench-smoke: $(BIN)/.complete setup-bench setup-bench-python ## Every scenario in miniature: its figures mean nothing
 	@$(BENCH_RUN) --smoke $(ARGS)
 
 .PHONY: bench-peers
@@ -331,17 +331,22 @@ setup-bench: ## Build the benchmark's mock upstream, load generator and relay
 	@(cd tests/bench/go && GOFLAGS="-mod=readonly -buildvcs=false" nice go build -p 2 -o "$(CURDIR)/$(BENCH)/" ./mock ./load ./relay) \
 		$(call missing,go cannot build the programs of tests/bench/go)
 
+# An environment for each that BENCH_PYTHON is to run, made anew where that or what is in it changes.
 .PHONY: setup-bench-python
+BENCHED = gateway:service/requirements.txt
+bench-peers: BENCHED += litellm:tests/servers/litellm.txt
 setup-bench-python: $(BIN)/.complete
-	@test -n "$(BENCH_PYTHON)" || exit 0; made=$(BENCH)/python; \
-	wanted="$(BENCH_PYTHON) $$(cat service/requirements.txt tests/servers/litellm.txt | sha256sum)"; \
-	test "$$(cat $$made/.complete 2>/dev/null)" != "$$wanted" || exit 0; \
-	echo "Installing for $(BENCH_PYTHON) into $$made..."; rm -rf $$made; \
-	for each in gateway:service/requirements.txt litellm:tests/servers/litellm.txt; do \
-		$(BIN)/uv venv --quiet --python $(BENCH_PYTHON) $$made/$${each%%:*}; \
-		$(BIN)/uv pip install --quiet --compile-bytecode --python $$made/$${each%%:*}/bin/python \
-			--require-hashes --no-deps -r $${each#*:}; \
-	done; echo "$$wanted" >$$made/.complete
+	@test -n "$(BENCH_PYTHON)" || exit 0; case "$(BENCH_PYTHON)" in /*) ;; *) \
+		echo "BENCH_PYTHON=$(BENCH_PYTHON): expected an absolute path" >&2; exit 1;; esac; \
+	for each in $(BENCHED); do \
+		made=$(BENCH)/python/$${each%%:*}; locked=$${each#*:}; \
+		wanted="$(BENCH_PYTHON) $$($(BENCH_PYTHON) --version) $$(sha256sum <$$locked)"; \
+		test "$$(cat $$made/.complete 2>/dev/null)" != "$$wanted" || continue; \
+		echo "Installing $$locked for $(BENCH_PYTHON)..."; rm -rf $$made; \
+		$(BIN)/uv venv --quiet --python $(BENCH_PYTHON) $$made; \
+		$(BIN)/uv pip install --quiet --compile-bytecode --python $$made/bin/python --require-hashes --no-deps -r $$locked; \
+		echo "$$wanted" >$$made/.complete; \
+	done
 
 $(BENCH)/portkey/.complete: $(addprefix tests/bench/portkey/,package.json package-lock.json .npmrc patch.py)
 	@mkdir -p $(@D)

@@ -6,15 +6,16 @@ counts calls as they come (channelz). What it has handed over is counted here; o
 what came since nothing waited: some calls never end for the core (those that it cut off, those
 whose headers never came whole), and while there is processor time to spare nothing waits.
 
-A burst may wait. Where more wait than `most`, or a fifth of them and for GROWS ever more, that is
-overload: from then on only KEPT may wait, until for CALM nobody had to be refused. Those in front
-are refused, since they are the ones at hand. A few of them are served even so, and more where
-refusing does not shorten the queue: whoever then goes on to refuse nearly all has no time left to
-serve, and nobody waits less for it.
+A burst may wait. Where more wait than `most`, or a fifth of them after a time in which only more
+and more did, that is overload: for some seconds only KEPT may wait. Those in front are refused,
+since they are the ones at hand. A few of them are served even so, and more where refusing does not
+shorten the queue: whoever then goes on to refuse nearly all has no time left to serve, and nobody
+waits less for it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from grpc_channelz.v1 import channelz, channelz_pb2
@@ -24,13 +25,19 @@ from tokenwire_service.looplag import IN_TIME, LoopLag
 INTERVAL = 0.05  # seconds between two looks, each of which takes some 0.25 ms
 FEW = 8  # calls in an interval: where fewer begin, and the loop is in time, none wait
 INTERVAL_OVERLOADED = 0.02  # seconds
-GROWS = 0.5  # seconds: what comes for longer than that is no burst
+GROWN = 0.2  # of `most`: from so many on a queue that has grown for GROWS is no burst
+GROWS = 0.5  # seconds
 KEPT = 8  # calls that may wait during overload: enough that the next one is there
+# Seconds that overload lasts. Then a queue must grow again to be one: else calls that come in
+# clumps, and some that the core counts wrongly, would have others refused for ever. If it does
+# within as long a time, overload lasts twice as long, up to LONGEST.
+OVERLOAD = 4.0
+LONGEST = 32.0
+CALM = 1.0  # seconds without a refusal: it is over before that
 SERVED = 16  # of so many calls in front one is served even so
-SERVED_IN_VAIN = 4  # the same while refusing does not shorten the queue
-SHRINKS = 1.0  # seconds in which a queue that is being shortened has become so by KEPT
+SERVED_IN_VAIN = 4  # the same while refusing is in vain
+SHRINKS = 1.0  # seconds: a queue that KEPT fewer wait in than so long ago is being shortened
 IN_VAIN = 5.0  # seconds until shortening it is tried again
-CALM = 1.0  # seconds without a refusal until overload is over
 # Share of an interval for which the process ran: below it, and with the loop in time (else others
 # have the processor), the loop had nothing to do for a while. In a flood it is 0.98. Taken wrongly
 # it hides calls that wait, but only until they have begun.
@@ -56,17 +63,21 @@ class Backlog:
         self._now = now
         self.ran = ran
         self.running = 0  # calls that were handed over and have not ended
-        self._stray = 0  # calls that the core counts though they neither run nor wait
-        self._since = self._overloaded_until = now()
-        self._ran_since = ran()
-        self._begun = 0  # calls since `_since`
-        self._waited = 0  # calls, at `_since`
-        self._coming = 0.0  # calls a second, in the interval before that
-        self._grows_since = now()
-        self._turn = 0  # calls in front since one of them was served
-        self._fewest = 0  # that have waited since overload began
-        self._shrank_at = self._in_vain_until = now()
         self.refused = 0  # calls, since the start
+        # Of the last look: when, what `ran` said, how many waited, calls a second that came before.
+        self._looked_at = now()
+        self._ran_then = ran()
+        self._waited = 0
+        self._coming = 0.0
+        self._begun = 0  # calls since then
+        self._stray = 0  # calls that the core counts though they neither run nor wait
+        self._grows_since = now()
+        self._overloaded = False
+        self._lasts = OVERLOAD  # seconds, of the last overload
+        self._ends_at = -math.inf  # when it is over, or was
+        self._refused_at = now()
+        self._turn = 0  # calls in front since one of them was served
+        self._shortening = _Shortening(now())
 
     @property
     def waiting(self) -> int:
@@ -78,53 +89,76 @@ class Backlog:
         self.running += 1
         self._begun += 1
         now = self._now()
-        interval = INTERVAL_OVERLOADED if now < self._overloaded_until else INTERVAL
-        if now - self._since >= interval:
+        if now - self._looked_at >= (INTERVAL_OVERLOADED if self._overloaded else INTERVAL):
             self._look(now)
-            self._since, self._ran_since, self._begun = now, self.ran(), 0
-        if not refusable or now >= self._overloaded_until:
+            self._looked_at, self._ran_then, self._begun = now, self.ran(), 0
+        if not refusable or not self._overloaded:
             return True
-        # Looking is dear: since the last look calls have come as they came before it.
-        if self._waited + self._coming * (now - self._since) - self._begun <= KEPT:
+        # To look is dear: since the last time calls have come as they came before it.
+        if self._waited + self._coming * (now - self._looked_at) - self._begun <= KEPT:
             return True
-        self._overloaded_until = now + CALM
+        self._refused_at = now
         self._turn += 1
-        if self._turn >= (SERVED_IN_VAIN if now < self._in_vain_until else SERVED):
+        if self._turn >= (SERVED_IN_VAIN if self._shortening.in_vain else SERVED):
             self._turn = 0
             return True
         self.refused += 1
         return False
 
     def _look(self, now: float) -> None:
-        overloaded = now < self._overloaded_until
-        if not overloaded and self._begun < FEW and self._lag.seconds <= IN_TIME:
-            self._waited, self._grows_since = 0, now
+        if self._overloaded and (now >= self._ends_at or now - self._refused_at >= CALM):
+            self._overloaded, self._ends_at, self._grows_since = False, now, now
+        if not self._overloaded and self._begun < FEW and self._lag.seconds < IN_TIME:
+            self._nothing_waits(now)
             return
-        ran, took = self.ran() - self._ran_since, now - self._since
+        took = now - self._looked_at
         others = self._in_core() - self.running
-        if ran < BUSY * took and self._lag.seconds < IN_TIME:
-            self._stray, self._waited, self._coming = others, 0, 0.0
-            self._grows_since = now
+        if self.ran() - self._ran_then < BUSY * took and self._lag.seconds < IN_TIME:
+            self._stray = others
+            self._nothing_waits(now)
             return
         self._stray = max(0, min(self._stray, others))
         waiting = max(0, others - self._stray)
         self._coming = max(0, waiting + self._begun - self._waited) / took
-        if waiting <= self._waited:
+        # A loop that was held up has a queue, not one that grows.
+        if waiting <= self._waited or took > 2 * INTERVAL:
             self._grows_since = now
         self._waited = waiting
-        grows = now - self._grows_since > GROWS
-        if waiting <= (KEPT if overloaded else self._most // 5 if grows else self._most):
+        if self._overloaded:
+            self._shortening.look(waiting, now)
             return
-        self._overloaded_until = now + CALM
-        if not overloaded or waiting < 2 * KEPT or waiting < self._fewest - KEPT:
-            self._fewest, self._shrank_at = waiting, now
-        elif now > self._in_vain_until and now - self._shrank_at > SHRINKS:
-            self._in_vain_until = now + IN_VAIN
-            self._fewest, self._shrank_at = waiting, self._in_vain_until
+        grown = now - self._grows_since > GROWS
+        if waiting > (GROWN * self._most if grown else self._most):
+            again = now - self._ends_at < self._lasts
+            self._lasts = min(2 * self._lasts, LONGEST) if again else OVERLOAD
+            self._overloaded, self._ends_at, self._refused_at = True, now + self._lasts, now
+            if not (again and self._shortening.in_vain):
+                self._shortening = _Shortening(now, waiting)
+
+    def _nothing_waits(self, now: float) -> None:
+        self._waited, self._coming, self._grows_since = 0, 0.0, now
 
     def ended(self) -> None:
         """A call that was handed over has ended."""
         self.running -= 1
+
+
+class _Shortening:
+    """Whether the queue of one overload becomes shorter, since nearly all are refused."""
+
+    def __init__(self, now: float, waiting: int = 0) -> None:
+        self.in_vain = False
+        self._since = now  # when that was found, or when fewer last waited than before
+        self._fewest = waiting  # then
+
+    def look(self, waiting: int, now: float) -> None:
+        """So many wait."""
+        if waiting < max(2 * KEPT, self._fewest - KEPT) or (
+            self.in_vain and now - self._since > IN_VAIN
+        ):
+            self.in_vain, self._since, self._fewest = False, now, waiting
+        elif not self.in_vain and now - self._since > SHRINKS:
+            self.in_vain, self._since = True, now
 
 
 def servers() -> frozenset[int]:

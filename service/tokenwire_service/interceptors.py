@@ -263,7 +263,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         )
         status = _CODES[error.code]
 
-        told = prepared_trailers(error)
+        trailers_for = prepared_trailers(error)
 
         async def refuse(_requests: Any, context: Context) -> None:
             call = self._call(method, context, tuple(context.invocation_metadata() or ()))
@@ -271,7 +271,7 @@ class Boundary(grpc.aio.ServerInterceptor):
             # status: clients may retry.
             context.set_code(status)
             context.set_details(error.message)
-            context.set_trailing_metadata(told(call.request_id))
+            context.set_trailing_metadata(trailers_for(call.request_id))
             self._ended(call, method, status.name, error.reason_name, error.message)
 
         return self._refusals.setdefault(method, grpc.stream_stream_rpc_method_handler(refuse))
@@ -442,8 +442,8 @@ def trailers(error: GatewayError, request_id: str) -> tuple[tuple[str, str | byt
 
 def prepared_trailers(error: GatewayError) -> Callable[[str], Metadata]:
     """`trailers` of one error, for many request ids: 84 of the 394 us that a refusal took went into
-    making them anew. An id stands in the packed status as it is, after lengths that are those of
-    any id as long."""
+    making them anew. An id, which is ASCII and not empty, stands in the packed status as it is,
+    after lengths that are those of any id as long."""
     parts: dict[int, tuple[bytes, bytes]] = {}
     _, pushback, _ = trailers(error, "")
 

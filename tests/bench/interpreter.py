@@ -14,8 +14,12 @@ from pathlib import Path
 from bench.traffic import BUILT
 
 _ASKED = """\
-import platform, sys
-whose = "the distribution's" if sys.base_prefix == "/usr" else "built by hand"
+import platform, sys, sysconfig
+optimised = "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
+if sys.base_prefix == "/usr":
+    whose = "the distribution's"  # which does not tell how it was built
+else:
+    whose = f"built with{'' if optimised else 'out'} profile-guided optimisation"
 print(f"{platform.python_version()} ({platform.python_compiler()}), {whose}")
 """
 
@@ -27,8 +31,9 @@ def environment(name: str, own: Path) -> Path:
     if not named:
         return own
     made = BUILT / "python" / name
-    if (made / "bin/python").resolve() != Path(named).resolve():
-        raise SystemExit(f"{made} is not one of {named}: make setup-bench-python")
+    same = (made / "bin/python").resolve() == Path(named).resolve()
+    if not same or not (made / ".complete").exists():
+        raise SystemExit(f"{made} was not made for {named}: make setup-bench-python")
     return made
 
 
@@ -38,7 +43,7 @@ def path(*folders: Path) -> dict[str, str]:
 
 
 def description() -> str:
-    """Its version, and where it is from: how it was built it need not tell."""
+    """Its version, and how it was built."""
     python = os.environ.get("BENCH_PYTHON") or sys.executable
     done = subprocess.run([python, "-c", _ASKED], capture_output=True, text=True, check=True)
     return done.stdout.strip()

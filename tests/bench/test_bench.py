@@ -108,9 +108,12 @@ async def test_systems_in_python_run_in_the_python_that_is_named(
             STARTERS[OURS](mock, tmp_path),
         ):
             pass
-        (tmp_path / "python").mkdir()
         made = tmp_path / "python/gateway"
-        made.symlink_to(sys.prefix)
+        (made / "bin").mkdir(parents=True)
+        (made / "bin/python").symlink_to(Path(sys.prefix) / "bin/python")
+        (made / "pyvenv.cfg").write_text((Path(sys.prefix) / "pyvenv.cfg").read_text())
+        (made / "lib").symlink_to(Path(sys.prefix) / "lib")
+        (made / ".complete").touch()
         for starter in (STARTERS[OURS], STARTERS[FLOOR]):
             with starter(mock, tmp_path) as system:
                 called = Path(f"/proc/{system.pid}/cmdline").read_bytes().split(b"\0")[0]

@@ -20,6 +20,8 @@ from tokenwire_service.backlog import (
     IN_VAIN,
     INTERVAL,
     KEPT,
+    LONGEST,
+    OVERLOAD,
     SERVED,
     SERVED_IN_VAIN,
     SHRINKS,
@@ -138,6 +140,71 @@ def test_a_queue_that_only_grows_is_no_burst() -> None:
     assert GROWS < at < GROWS + 4 * INTERVAL
 
 
+@pytest.mark.parametrize("held_up", [0.3, 0.6, 2.0])
+def test_a_loop_that_was_held_up_has_a_queue_that_does_not_grow(held_up: float) -> None:
+    core = Core()
+    for _ in range(2 * FEW):
+        core.hand_over(INTERVAL / (2 * FEW))
+    core.lag.seconds = 0.1
+    core.waiting = MOST - 10
+    core.now += held_up
+    core.ran += held_up
+    assert all(core.hand_over(0.001) for _ in range(MOST - 10))
+
+
+def overload(core: Core) -> None:
+    core.waiting = 2 * MOST
+    while core.hand_over(0.001):
+        pass
+
+
+def test_calls_that_can_be_served_are_soon_served_after_overload_though_they_come_in_clumps() -> (
+    None
+):
+    core = Core()
+    overload(core)
+    core.waiting = 0
+    refused = 0
+    ends = core.now + OVERLOAD + 20
+    while core.now < ends:
+        core.waiting += 40
+        while core.waiting:
+            refused = 0 if core.hand_over(0.001) else refused + 1
+        core.now += 0.01
+        core.ran += 0.01  # streams
+        if core.now < ends - 20:
+            refused = 0
+    assert refused == 0
+
+
+def test_calls_that_the_core_counts_for_ever_get_others_refused_no_longer_than_one_overload() -> (
+    None
+):
+    """Where streams leave no time in which nothing would wait."""
+    core = Core()
+    overload(core)
+    core.waiting, core.stray = 0, 100
+    served = [core.hand_over(0.01, idle=0.1) for _ in range(1000)]
+    assert not all(served[:200])
+    assert all(served[round((OVERLOAD + GROWS) / 0.01) :])
+
+
+def test_overload_lasts_longer_where_it_comes_back_at_once() -> None:
+    core = Core()
+    lasted: list[float] = []
+    for _ in range(5):
+        overload(core)
+        began = core.now
+        while not core.hand_over(0.001) or core.now - began < OVERLOAD - 1:
+            core.waiting = 4 * KEPT  # ever so many come as are refused
+        while not core.hand_over(0.001) or not core.hand_over(0.001):
+            core.waiting = 4 * KEPT
+        lasted.append(core.now - began)
+    doubled = [OVERLOAD * 2**n for n in range(4)]
+    assert lasted[:4] == pytest.approx(doubled, rel=0.05)
+    assert lasted[4] == pytest.approx(LONGEST, rel=0.05)
+
+
 def test_where_too_many_wait_some_are_kept_and_some_served() -> None:
     core = Core()
     core.waiting = 4 * MOST
@@ -238,7 +305,7 @@ def test_overload_is_served_as_well_as_there_is_time_for_and_no_other_call_refus
     elif rate < 2600:
         assert served / 20 > 0.9 * (1 - 0.00033 * rate) / (0.001 - 0.00033)
         assert statistics.median(waits) < 0.012
-        assert max(waits) < 0.15
+        assert max(waits) < 0.35  # while it is found out that there is overload yet
     else:  # more than there is time to refuse
         assert served / 20 > 0.75 / (0.001 + (SERVED_IN_VAIN - 1) * 0.00033)
         assert max(waits) < 0.6
