@@ -6,8 +6,8 @@ counts calls as they come (channelz). What it has handed over is counted here; o
 what came since nothing waited: some calls never end for the core (those that it cut off, those
 whose headers never came whole), and while there is processor time to spare nothing waits.
 
-A burst may wait. Where more wait than `most`, or a fifth of them after a time in which only more
-and more did, that is overload: for some seconds only KEPT may wait. Those in front are refused,
+A burst may wait. Where more wait than `most`, or half as many after a time in which only more and
+more did, that is overload: for some seconds only KEPT may wait. Those in front are refused,
 since they are the ones at hand. A few of them are served even so, and more where refusing does not
 shorten the queue: whoever then goes on to refuse nearly all has no time left to serve, and nobody
 waits less for it.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 from grpc_channelz.v1 import channelz, channelz_pb2
 
@@ -25,7 +26,7 @@ from tokenwire_service.looplag import IN_TIME, LoopLag
 INTERVAL = 0.05  # seconds between two looks, each of which takes some 0.25 ms
 FEW = 8  # calls in an interval: where fewer begin, and the loop is in time, none wait
 INTERVAL_OVERLOADED = 0.02  # seconds
-GROWN = 0.2  # of `most`: from so many on a queue that has grown for GROWS is no burst
+GROWN = 0.5  # of `most`: from so many on a queue that has grown for GROWS is no burst
 GROWS = 0.5  # seconds
 KEPT = 8  # calls that may wait during overload: enough that the next one is there
 # Seconds that overload lasts. Then a queue must grow again to be one: else calls that come in
@@ -33,21 +34,23 @@ KEPT = 8  # calls that may wait during overload: enough that the next one is the
 # within as long a time, overload lasts twice as long, up to LONGEST.
 OVERLOAD = 4.0
 LONGEST = 32.0
-CALM = 1.0  # seconds without a refusal: it is over before that
+CALM = 1.0  # seconds in which no more than KEPT wait: then it is over before its time
 SERVED = 16  # of so many calls in front one is served even so
 SERVED_IN_VAIN = 4  # the same while refusing is in vain
 SHRINKS = 1.0  # seconds: a queue that KEPT fewer wait in than so long ago is being shortened
 IN_VAIN = 5.0  # seconds until shortening it is tried again
-# Share of an interval for which the process ran: below it, and with the loop in time (else others
-# have the processor), the loop had nothing to do for a while. In a flood it is 0.98. Taken wrongly
-# it hides calls that wait, but only until they have begun.
+# Share of an interval for which the process ran, or its loop ran or waited for a processor. Below
+# it, in as many looks as LEISURE in a row, the loop had nothing to do for a while: nothing waits.
+# In a flood it is 0.98. Taken wrongly it hides those that wait until fewer do.
 BUSY = 0.85
+LEISURE = 3
 
 
 class Backlog:
     """Counts the calls of one server. `in_core`: those that it has begun to read and not ended.
     `most`: calls that may wait. `now`: monotonic seconds. `ran`: seconds that the process has run,
-    on all processors together."""
+    on all processors together. `wanted`: seconds that its loop has run or waited for a processor
+    that others had, where the system tells."""
 
     def __init__(
         self,
@@ -56,26 +59,31 @@ class Backlog:
         lag: LoopLag,
         now: Callable[[], float],
         ran: Callable[[], float],
+        wanted: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._in_core = in_core
         self._most = most
         self._lag = lag
         self._now = now
         self.ran = ran
+        self.wanted = wanted
         self.running = 0  # calls that were handed over and have not ended
         self.refused = 0  # calls, since the start
-        # Of the last look: when, what `ran` said, how many waited, calls a second that came before.
+        # Of the last look: when, what `ran` and `wanted` said, how many waited, calls a second that
+        # came before.
         self._looked_at = now()
-        self._ran_then = ran()
+        self._ran_then, self._wanted_then = ran(), wanted()
         self._waited = 0
         self._coming = 0.0
         self._begun = 0  # calls since then
         self._stray = 0  # calls that the core counts though they neither run nor wait
+        self._others = 0  # calls that did not run at the last look, as the core counts
+        self._leisurely = 0  # looks in a row
         self._grows_since = now()
         self._overloaded = False
-        self._lasts = OVERLOAD  # seconds, of the last overload
-        self._ends_at = -math.inf  # when it is over, or was
-        self._refused_at = now()
+        self._lasts = OVERLOAD  # seconds that the last overload was to last
+        self._ends_at = -math.inf  # when it is to end, or did
+        self._too_many_at = now()  # when more than KEPT waited during it, the last time
         self._turn = 0  # calls in front since one of them was served
         self._shortening = _Shortening(now())
 
@@ -91,13 +99,13 @@ class Backlog:
         now = self._now()
         if now - self._looked_at >= (INTERVAL_OVERLOADED if self._overloaded else INTERVAL):
             self._look(now)
-            self._looked_at, self._ran_then, self._begun = now, self.ran(), 0
+            self._looked_at, self._begun = now, 0
         if not refusable or not self._overloaded:
             return True
         # To look is dear: since the last time calls have come as they came before it.
         if self._waited + self._coming * (now - self._looked_at) - self._begun <= KEPT:
             return True
-        self._refused_at = now
+        self._too_many_at = now
         self._turn += 1
         if self._turn >= (SERVED_IN_VAIN if self._shortening.in_vain else SERVED):
             self._turn = 0
@@ -106,18 +114,28 @@ class Backlog:
         return False
 
     def _look(self, now: float) -> None:
-        if self._overloaded and (now >= self._ends_at or now - self._refused_at >= CALM):
-            self._overloaded, self._ends_at, self._grows_since = False, now, now
-        if not self._overloaded and self._begun < FEW and self._lag.seconds < IN_TIME:
+        ends_at = min(self._ends_at, self._too_many_at + CALM)
+        if self._overloaded and now >= ends_at:
+            self._overloaded, self._ends_at, self._grows_since = False, ends_at, now
+        took, in_time = now - self._looked_at, self._lag.seconds < IN_TIME
+        ran, wanted = self.ran(), self.wanted()
+        busy = max(ran - self._ran_then, wanted - self._wanted_then) / took
+        self._ran_then, self._wanted_then = ran, wanted
+        leisurely = in_time and busy < BUSY
+        self._leisurely = self._leisurely + 1 if leisurely else 0
+        few = not self._overloaded and self._begun < FEW and in_time
+        if few and self._leisurely != LEISURE:
             self._nothing_waits(now)
             return
-        took = now - self._looked_at
-        others = self._in_core() - self.running
-        if self.ran() - self._ran_then < BUSY * took and self._lag.seconds < IN_TIME:
-            self._stray = others
+        # Below 0 where callers have just left: the core knows it before the calls end here.
+        others = max(0, self._in_core() - self.running)
+        if self._leisurely >= LEISURE:
+            self._stray = self._others = others
             self._nothing_waits(now)
             return
-        self._stray = max(0, min(self._stray, others))
+        # Not by one look, as that may be such a moment.
+        self._stray = min(self._stray, max(others, self._others))
+        self._others = others
         waiting = max(0, others - self._stray)
         self._coming = max(0, waiting + self._begun - self._waited) / took
         # A loop that was held up has a queue, not one that grows.
@@ -131,7 +149,7 @@ class Backlog:
         if waiting > (GROWN * self._most if grown else self._most):
             again = now - self._ends_at < self._lasts
             self._lasts = min(2 * self._lasts, LONGEST) if again else OVERLOAD
-            self._overloaded, self._ends_at, self._refused_at = True, now + self._lasts, now
+            self._overloaded, self._ends_at, self._too_many_at = True, now + self._lasts, now
             if not (again and self._shortening.in_vain):
                 self._shortening = _Shortening(now, waiting)
 
@@ -159,6 +177,16 @@ class _Shortening:
             self.in_vain, self._since, self._fewest = False, now, waiting
         elif not self.in_vain and now - self._since > SHRINKS:
             self.in_vain, self._since = True, now
+
+
+def time_wanted() -> float:
+    """Seconds that this thread has run, or waited for a processor while others had it. 0 where the
+    system does not tell: Linux does, in proc_pid_schedstat(5). Takes 10 us."""
+    try:
+        ran, waited, _ = Path("/proc/thread-self/schedstat").read_bytes().split()
+    except (OSError, ValueError):
+        return 0.0
+    return (int(ran) + int(waited)) / 1e9
 
 
 def servers() -> frozenset[int]:

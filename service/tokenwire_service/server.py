@@ -29,7 +29,7 @@ from tokenwire.v1 import (
 )
 from tokenwire_service import keyfiles, reload, sharing
 from tokenwire_service.admin import AdminServicer
-from tokenwire_service.backlog import Backlog, calls_in_core, servers
+from tokenwire_service.backlog import Backlog, calls_in_core, servers, time_wanted
 from tokenwire_service.certificates import Certificates
 from tokenwire_service.config import Config
 from tokenwire_service.counters import Counters
@@ -176,7 +176,12 @@ async def serving(
         revision = Revision()
         pending = config.limits.pending
         backlog = Backlog(
-            lambda: calls_in_core(server_id), pending // 2, lag, time.monotonic, time.process_time
+            lambda: calls_in_core(server_id),
+            pending // 2,
+            lag,
+            time.monotonic,
+            time.process_time,
+            time_wanted,
         )
         boundary = Boundary(
             observer,

@@ -320,7 +320,7 @@ class Limits(Struct, frozen=True, kw_only=True):
     # with GATEWAY_OVERLOADED, so that those that run keep their pace.
     loop_lag: Annotated[float, _duration("10ms", "1m")] = 0.5
     # Calls that have come and wait to begin; gRPC cuts off those beyond. Once half as many wait, or
-    # a tenth and ever more, those that are too many hear GATEWAY_OVERLOADED.
+    # a quarter and for half a second only more, it is overload: nearly all hear GATEWAY_OVERLOADED.
     pending: Annotated[int, _whole(200, 100_000)] = 1000
     # Chats that wait for a slot, at each upstream and at the gateway; the next one hears
     # GATEWAY_OVERLOADED.

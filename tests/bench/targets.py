@@ -69,6 +69,12 @@ def _failed(scenario: str) -> Measure:
     return lambda results: results.failed(scenario, OURS)
 
 
+def _idle(results: Results) -> float | None:
+    """Alone: an instance beside another shares the pages of its code with it."""
+    found: float | None = results.data["systems"].get(OURS, {}).get("idle_mib")
+    return found
+
+
 def _episode(path: str) -> Measure:
     def measure(results: Results) -> float | None:
         found = results.episode(path)
@@ -150,7 +156,7 @@ GOALS = (
     Goal(
         "added TTFT p50 at 20 a second", _added("load.ttft_ms.p50", "stream-calm"), 2, 1, unit=" ms"
     ),
-    Goal("memory idle, PSS", _episode("memory.idle_mib"), 75, 55, unit=" MiB"),
+    Goal("memory idle, PSS", _idle, 75, 55, unit=" MiB"),
     Goal("memory per open stream", _episode("memory.kib_per_stream"), 50, 36, unit=" KiB"),
     Goal("start to serving", _episode("start.seconds"), 0.8, 0.4, unit=" s"),
 )

@@ -33,6 +33,7 @@ from harness import (
     upstream,
 )
 from tokenwire.v1 import chat_service_pb2
+from tokenwire_service.backlog import CALM
 from tokenwire_service.config import Limits, UpstreamTimeouts
 from tokenwire_service.keyring import KeyRing, Lease
 from tokenwire_service.looplag import LoopLag
@@ -393,8 +394,8 @@ async def test_calls_that_end_before_they_begin_get_nobody_refused(start: Start)
             await callers.wait()
             before = backlog.refused
             held(gateway)  # in time, and at leisure, whoever else uses this processor
-            backlog.ran = float
-            await asyncio.sleep(1)  # until the overload is over
+            backlog.ran = backlog.wanted = float
+            await asyncio.sleep(CALM + 0.2)  # until the overload is over
             for _ in range(10):
                 await asyncio.sleep(0.05)
                 assert (await gateway.chat.Chat(request())).choices
