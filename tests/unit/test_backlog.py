@@ -6,6 +6,8 @@ import asyncio
 import math
 import random
 import statistics
+import sys
+import time
 from collections import deque
 from typing import Any
 
@@ -19,7 +21,9 @@ from tokenwire_service.backlog import (
     GROWS,
     IN_VAIN,
     INTERVAL,
+    INTERVAL_OVERLOADED,
     KEPT,
+    LEISURE,
     LONGEST,
     OVERLOAD,
     SERVED,
@@ -28,6 +32,7 @@ from tokenwire_service.backlog import (
     Backlog,
     calls_in_core,
     servers,
+    time_wanted,
 )
 from tokenwire_service.looplag import LoopLag
 
@@ -39,10 +44,12 @@ class Core:
     counted for ever."""
 
     def __init__(self) -> None:
-        self.now = self.ran = 0.0
+        self.now = self.ran = self.wanted = 0.0
         self.waiting = self.running = self.stray = self.looks = 0
         self.lag = LoopLag(lambda: self.now)
-        self.backlog = Backlog(self._count, MOST, self.lag, lambda: self.now, lambda: self.ran)
+        self.backlog = Backlog(
+            self._count, MOST, self.lag, lambda: self.now, lambda: self.ran, lambda: self.wanted
+        )
 
     def _count(self) -> int:
         self.looks += 1
@@ -138,6 +145,55 @@ def test_a_queue_that_only_grows_is_no_burst() -> None:
     at = refused_at(math.inf)
     assert at is not None
     assert GROWS < at < GROWS + 4 * INTERVAL
+
+
+def test_a_process_that_waits_for_a_processor_is_not_at_leisure() -> None:
+    core = Core()
+    core.hand_over(1.0)
+    core.waiting = 2 * MOST
+    served = []
+    for _ in range(MOST):
+        core.wanted += 0.002
+        served.append(core.hand_over(0.002, idle=0.6))
+        core.waiting += 1  # another has come
+    assert not all(served)
+    assert core.backlog.waiting == pytest.approx(2 * MOST, abs=2)
+
+
+def test_one_look_that_finds_leisure_hides_nobody_who_waits() -> None:
+    core = Core()
+    overload(core)
+    for _ in range(2 * LEISURE):
+        core.hand_over(1.1 * INTERVAL_OVERLOADED, idle=0.5)
+        core.waiting = MOST
+        assert core.backlog.waiting == MOST
+        core.hand_over(1.1 * INTERVAL_OVERLOADED)
+        core.waiting = MOST
+
+
+def test_callers_who_have_just_left_make_nobody_wait() -> None:
+    """The core knows it before their calls end here."""
+    core = Core()
+    core.hand_over(1.0)
+    core.stray = 600
+    assert all(core.hand_over(0.01, idle=0.5) for _ in range(50)), "they are known"
+    core.running += 300
+    core.backlog.running += 300
+    core.running -= 300  # they leave: for the core they have ended
+    for _ in range(FEW):
+        core.hand_over(INTERVAL / FEW, idle=0.1)
+    core.backlog.running -= 300
+    assert all(core.hand_over(0.001, idle=0.1) for _ in range(1000))
+    assert core.backlog.waiting == 0
+
+
+def test_callers_who_leave_at_leisure_make_nobody_wait_either() -> None:
+    core = Core()
+    core.backlog.running += 300  # they have left: for the core they have ended
+    for _ in range(2 * LEISURE):
+        core.hand_over(1.1 * INTERVAL, idle=0.9)
+    core.backlog.running -= 300
+    assert core.backlog.waiting == 0
 
 
 @pytest.mark.parametrize("held_up", [0.3, 0.6, 2.0])
@@ -309,6 +365,16 @@ def test_overload_is_served_as_well_as_there_is_time_for_and_no_other_call_refus
     else:  # more than there is time to refuse
         assert served / 20 > 0.75 / (0.001 + (SERVED_IN_VAIN - 1) * 0.00033)
         assert max(waits) < 0.6
+
+
+def test_a_thread_wants_a_processor_for_as_long_as_it_runs() -> None:
+    before, ran = time_wanted(), time.thread_time()
+    while time.thread_time() < ran + 0.05:
+        pass
+    if sys.platform == "linux":
+        assert time_wanted() - before >= 0.049
+    else:
+        assert time_wanted() == 0.0
 
 
 # --- the real core -----------------------------------------------------------------------
