@@ -24,7 +24,7 @@ from grpc_channelz.v1 import channelz, channelz_pb2
 from tokenwire_service.looplag import IN_TIME, LoopLag
 
 INTERVAL = 0.05  # seconds between two looks, each of which takes some 0.25 ms
-FEW = 8  # calls in an interval: where fewer begin, and the loop is in time, none wait
+FEW = 8  # calls in INTERVAL: where fewer begin, and the loop is in time, none wait
 INTERVAL_OVERLOADED = 0.02  # seconds
 GROWN = 0.5  # of `most`: from so many on a queue that has grown for GROWS is no burst
 GROWS = 0.5  # seconds
@@ -117,44 +117,45 @@ class Backlog:
         ends_at = min(self._ends_at, self._too_many_at + CALM)
         if self._overloaded and now >= ends_at:
             self._overloaded, self._ends_at, self._grows_since = False, ends_at, now
-        took, in_time = now - self._looked_at, self._lag.seconds < IN_TIME
-        ran, wanted = self.ran(), self.wanted()
-        busy = max(ran - self._ran_then, wanted - self._wanted_then) / took
-        self._ran_then, self._wanted_then = ran, wanted
-        leisurely = in_time and busy < BUSY
-        self._leisurely = self._leisurely + 1 if leisurely else 0
-        few = not self._overloaded and self._begun < FEW and in_time
-        if few and self._leisurely != LEISURE:
-            self._nothing_waits(now)
-            return
-        # Below 0 where callers have just left: the core knows it before the calls end here.
-        others = max(0, self._in_core() - self.running)
-        if self._leisurely >= LEISURE:
-            self._stray = self._others = others
-            self._nothing_waits(now)
-            return
-        # Not by one look, as that may be such a moment.
-        self._stray = min(self._stray, max(others, self._others))
-        self._others = others
-        waiting = max(0, others - self._stray)
+        took = now - self._looked_at
+        waiting = self._count(took)
         self._coming = max(0, waiting + self._begun - self._waited) / took
         # A loop that was held up has a queue, not one that grows.
         if waiting <= self._waited or took > 2 * INTERVAL:
             self._grows_since = now
         self._waited = waiting
+        grown = now - self._grows_since > GROWS
         if self._overloaded:
             self._shortening.look(waiting, now)
-            return
-        grown = now - self._grows_since > GROWS
-        if waiting > (GROWN * self._most if grown else self._most):
-            again = now - self._ends_at < self._lasts
-            self._lasts = min(2 * self._lasts, LONGEST) if again else OVERLOAD
-            self._overloaded, self._ends_at, self._too_many_at = True, now + self._lasts, now
-            if not (again and self._shortening.in_vain):
-                self._shortening = _Shortening(now, waiting)
+        elif waiting > (GROWN * self._most if grown else self._most):
+            self._overload(now)
 
-    def _nothing_waits(self, now: float) -> None:
-        self._waited, self._coming, self._grows_since = 0, 0.0, now
+    def _count(self, took: float) -> int:
+        """How many wait, after an interval of so many seconds."""
+        in_time = self._lag.seconds < IN_TIME
+        ran, wanted = self.ran(), self.wanted()
+        busy = max(ran - self._ran_then, wanted - self._wanted_then) / took
+        self._ran_then, self._wanted_then = ran, wanted
+        self._leisurely = self._leisurely + 1 if in_time and busy < BUSY else 0
+        few = not self._overloaded and self._begun < FEW * took / INTERVAL and in_time
+        if few and self._leisurely != LEISURE:
+            return 0
+        # Below 0 where callers have just left: the core knows it before the calls end here.
+        others = max(0, self._in_core() - self.running)
+        if self._leisurely >= LEISURE:
+            self._stray = others
+        else:  # not less by one look, as that may be such a moment
+            self._stray = min(self._stray, max(others, self._others))
+        self._others = others
+        return max(0, others - self._stray)
+
+    def _overload(self, now: float) -> None:
+        """It begins, or goes on."""
+        again = now - self._ends_at < self._lasts
+        self._lasts = min(2 * self._lasts, LONGEST) if again else OVERLOAD
+        self._overloaded, self._ends_at, self._too_many_at = True, now + self._lasts, now
+        if not (again and self._shortening.in_vain):
+            self._shortening = _Shortening(now, self._waited)
 
     def ended(self) -> None:
         """A call that was handed over has ended."""
@@ -181,7 +182,7 @@ class _Shortening:
 
 def time_wanted() -> float:
     """Seconds that this thread has run, or waited for a processor while others had it. 0 where the
-    system does not tell: Linux does, in proc_pid_schedstat(5). Takes 10 us."""
+    system does not tell: Linux does (sched-stats in the kernel's documentation). Takes 10 us."""
     try:
         ran, waited, _ = Path("/proc/thread-self/schedstat").read_bytes().split()
     except (OSError, ValueError):

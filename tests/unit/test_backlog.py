@@ -75,6 +75,17 @@ def test_while_few_calls_begin_nobody_looks() -> None:
     assert core.looks == 0
 
 
+def test_after_a_pause_what_began_before_it_is_few() -> None:
+    core = Core()
+    for _ in range(FEW):
+        core.hand_over(INTERVAL / (2 * FEW))
+    core.stray = 2 * MOST  # of a flood that the core cut off
+    assert core.hand_over(20 * INTERVAL)
+    assert core.backlog.waiting == 2 * MOST, "not known yet"
+    assert all(core.hand_over(0.01, idle=0.5) for _ in range(100))
+    assert core.backlog.waiting == 0
+
+
 def test_a_loop_that_is_late_is_looked_at_though_few_calls_begin() -> None:
     core = Core()
     core.lag.seconds = 0.01
