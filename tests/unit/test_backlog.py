@@ -380,10 +380,10 @@ def test_overload_is_served_as_well_as_there_is_time_for_and_no_other_call_refus
 
 def test_a_thread_wants_a_processor_for_as_long_as_it_runs() -> None:
     before, ran = time_wanted(), time.thread_time()
-    while time.thread_time() < ran + 0.05:
+    while time.thread_time() < ran + 0.2:
         pass
     if sys.platform == "linux":
-        assert time_wanted() - before >= 0.049
+        assert time_wanted() - before >= 0.15  # the kernel counts it at ticks
     else:
         assert time_wanted() == 0.0
 
