@@ -24,7 +24,7 @@ from grpc_channelz.v1 import channelz, channelz_pb2
 from tokenwire_service.looplag import IN_TIME, LoopLag
 
 INTERVAL = 0.05  # seconds between two looks, each of which takes some 0.25 ms
-FEW = 8  # calls in INTERVAL: where fewer begin, and the loop is in time, none wait
+FEW = 2  # calls in INTERVAL: of a flood a loop that is in time begins more, so that none wait
 INTERVAL_OVERLOADED = 0.02  # seconds
 GROWN = 0.5  # of `most`: from so many on a queue that has grown for GROWS is no burst
 GROWS = 0.5  # seconds
@@ -127,18 +127,20 @@ class Backlog:
         grown = now - self._grows_since > GROWS
         if self._overloaded:
             self._shortening.look(waiting, now)
-        elif waiting > (GROWN * self._most if grown else self._most):
+        elif waiting > self._most * (GROWN if grown else 1) and not self._leisurely:
             self._overload(now)
 
     def _count(self, took: float) -> int:
         """How many wait, after an interval of so many seconds."""
         in_time = self._lag.seconds < IN_TIME
+        few = not self._overloaded and self._begun < FEW * took / INTERVAL and in_time
+        if few and self._leisurely >= LEISURE:
+            return 0  # nor is there a stray call that is not known: what follows takes its time
         ran, wanted = self.ran(), self.wanted()
         busy = max(ran - self._ran_then, wanted - self._wanted_then) / took
         self._ran_then, self._wanted_then = ran, wanted
         self._leisurely = self._leisurely + 1 if in_time and busy < BUSY else 0
-        few = not self._overloaded and self._begun < FEW * took / INTERVAL and in_time
-        if few and self._leisurely != LEISURE:
+        if few and self._leisurely < LEISURE:
             return 0
         # Below 0 where callers have just left: the core knows it before the calls end here.
         others = max(0, self._in_core() - self.running)

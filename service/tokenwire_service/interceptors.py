@@ -262,7 +262,6 @@ class Boundary(grpc.aio.ServerInterceptor):
             retry_helps=True,
         )
         status = _CODES[error.code]
-
         trailers_for = prepared_trailers(error)
 
         async def refuse(_requests: Any, context: Context) -> None:

@@ -72,7 +72,7 @@ PENDING = 1000  # limits.pending, likewise
 
 @contextlib.contextmanager
 def tokenwire(mock: Mock, folder: Path, *, in_flight: int = MANY) -> Iterator[System]:
-    """The gateway, started as users start it."""
+    """The gateway, set as users set it."""
     port, admin = _free_port(), _free_port()
     config = folder / "tokenwire.yaml"
     config.write_text(

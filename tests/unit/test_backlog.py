@@ -71,8 +71,28 @@ class Core:
 
 def test_while_few_calls_begin_nobody_looks() -> None:
     core = Core()
-    assert all(core.hand_over(INTERVAL / (FEW - 2)) for _ in range(100))
+    assert all(core.hand_over(1.1 * INTERVAL / FEW) for _ in range(100))
     assert core.looks == 0
+
+
+def test_a_flood_of_which_few_begin_is_seen_while_the_loop_is_in_time() -> None:
+    """A turn of 1.5 ms is in time, and a call takes some five."""
+    core = Core()
+    core.waiting = 2 * MOST
+    served = []
+    for _ in range(100):
+        core.waiting += 5  # others come
+        served.append(core.hand_over(0.008))
+    assert served.count(False) > 80
+
+
+def test_at_leisure_strays_are_looked_for_once() -> None:
+    """A look takes a fifth of a millisecond and more, of which a call would be late."""
+    core = Core()
+    core.stray = 2 * MOST
+    assert all(core.hand_over(INTERVAL, idle=0.9) for _ in range(100))
+    assert core.looks == 1
+    assert core.backlog.waiting == 0
 
 
 def test_after_a_pause_what_began_before_it_is_few() -> None:
@@ -188,9 +208,7 @@ def test_callers_who_have_just_left_make_nobody_wait() -> None:
     core.hand_over(1.0)
     core.stray = 600
     assert all(core.hand_over(0.01, idle=0.5) for _ in range(50)), "they are known"
-    core.running += 300
-    core.backlog.running += 300
-    core.running -= 300  # they leave: for the core they have ended
+    core.backlog.running += 300  # they have left: for the core they have ended
     for _ in range(FEW):
         core.hand_over(INTERVAL / FEW, idle=0.1)
     core.backlog.running -= 300
